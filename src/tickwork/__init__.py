@@ -1,0 +1,65 @@
+"""Tickwork: fine-tune language models through a Tinker-shaped API, on your own hardware."""
+
+from importlib.metadata import version
+
+# What you train and sample with.
+from tickwork.clients.rest import RestClient
+from tickwork.clients.sampling import SamplingClient
+from tickwork.clients.service import ServiceClient, open_service
+from tickwork.clients.training import TrainingClient
+
+# What goes wrong.
+from tickwork.errors import (
+    CapacityError,
+    CheckpointError,
+    ClosedError,
+    EngineStoppedError,
+    InvalidRequestError,
+    LossError,
+    ModelLoadError,
+    QueueFullError,
+    RequestCancelledError,
+    RequestErrorCategory,
+    RequestFailedError,
+    TickworkError,
+    WrongThreadError,
+)
+
+# What you wait for.
+from tickwork.futures import APIFuture, Future
+
+# What comes back.
+from tickwork.results import (
+    Checkpoint,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    GetServerCapabilitiesResponse,
+    LoadWeightsResponse,
+    OptimStepResponse,
+    ParsedCheckpointTinkerPath,
+    SampledSequence,
+    SampleResponse,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
+    TrainingRun,
+)
+
+# What you hand over.
+from tickwork.types import (
+    AdamOptimizerConfig,
+    AdamParams,
+    Datum,
+    EncodedTextChunk,
+    LoraConfig,
+    ModelInput,
+    ModelInputChunk,
+    SamplingParams,
+    StopReason,
+    TensorData,
+    TensorDtype,
+)
+
+# The name this error has in the official SDK.
+TinkerError = TickworkError
+
+__version__ = version("tickwork")

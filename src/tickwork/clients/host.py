@@ -1,0 +1,107 @@
+"""``Host``: what all clients of one service share: the way into its engine, its store, its names."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tickwork.catalogue import Catalogue
+from tickwork.engine.engine import Engine, EngineStatistics
+from tickwork.engine.portal import Portal
+from tickwork.engine.request import Request
+from tickwork.engine.thread import EngineThread
+from tickwork.errors import ClosedError, InvalidRequestError
+from tickwork.futures import Future
+from tickwork.requests import Release
+
+Build = Callable[[], Request]
+
+
+class Host:
+    """One engine, started when first needed, in a thread of its own unless a portal is given.
+
+    Room: any thread.
+    """
+
+    def __init__(self, engine: Engine, catalogue: Catalogue, user_metadata: Mapping[str, str] | None = None) -> None:
+        self.engine = engine
+        self.catalogue = catalogue
+        self.user_metadata = dict(user_metadata or {})
+        self.session_id = str(uuid.uuid4())
+        self._portal: Portal | None = None
+        self._thread: EngineThread | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+        self._numbers = {"train": itertools.count(), "sample": itertools.count()}
+
+    def attach(self, portal: Portal) -> None:
+        """Use an engine that runs in the caller's own nursery."""
+        self._portal = portal
+
+    @property
+    def portal(self) -> Portal:
+        """The running engine's portal.
+
+        Raises:
+            ClosedError: the service is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the service is closed: make a new ServiceClient")
+            if self._portal is None:
+                self._thread = EngineThread(self.engine)
+                self._portal = self._thread.start()
+            return self._portal
+
+    def next_id(self, kind: str) -> str:
+        """Return the next ``SESSION:train:N`` or ``SESSION:sample:N``."""
+        return f"{self.session_id}:{kind}:{next(self._numbers[kind])}"
+
+    def submit(self, build: Build) -> Future[Any]:
+        """Build and post a request; what is wrong with it is told by its future.
+
+        Raises:
+            ClosedError: the service is closed.
+            QueueFullError: the queue is full and the caller must not block.
+        """
+        try:
+            return self.portal.submit(build())
+        except InvalidRequestError as error:
+            return Future.failed(error)
+
+    async def submit_async(self, build: Build) -> Future[Any]:
+        """Build and post a request, waiting for a full queue. Cancel: before acceptance it never existed."""
+        try:
+            return await self.portal.submit_async(build())
+        except InvalidRequestError as error:
+            return Future.failed(error)
+
+    def call(self, act: Callable[[], Any]) -> Request:
+        """Make a request of a function for a worker thread, outside all lanes."""
+        return Request("call", "", act)
+
+    def forget(self, key: str, lane: str) -> None:
+        """Let go of a model or sampler after all that was asked of it. Safe in a finaliser."""
+        if self._portal is not None and not self._closed:
+            self._portal.drop(Request("step", lane, Release(key)))
+
+    def statistics(self) -> EngineStatistics:
+        """Return the engine's counters."""
+        return self.engine.statistics()
+
+    def close(self, *, abort: bool = False) -> None:
+        """End the engine and wait for it; ``abort`` lets only the current job finish.
+
+        Raises:
+            Exception: what the engine died of, if it did and ``abort`` is off.
+        """
+        with self._lock:
+            first, self._closed = not self._closed, True
+        try:
+            if first and self._thread is not None:
+                self._thread.abort() if abort else self._thread.close()
+        finally:
+            self.catalogue.close()

@@ -1,0 +1,306 @@
+"""``ServiceClient``: owns an engine and makes the clients that use it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import weakref
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from types import TracebackType
+from typing import Literal, Self
+
+import trio
+
+from tickwork.catalogue import Catalogue
+from tickwork.clients.host import Host
+from tickwork.clients.rest import RestClient
+from tickwork.clients.sampling import SamplingClient
+from tickwork.clients.training import TrainingClient, open_sampler, sampler_request
+from tickwork.engine.engine import Engine, EngineStatistics
+from tickwork.engine.request import Request
+from tickwork.errors import InvalidRequestError
+from tickwork.executor import LocalExecutor
+from tickwork.futures import Future
+from tickwork.models import supported
+from tickwork.requests import CreateModel
+from tickwork.results import GetServerCapabilitiesResponse, ParsedCheckpointTinkerPath
+from tickwork.types import AdamOptimizerConfig, LoraConfig
+
+MAX_TOKENS_PER_PASS = 4096
+
+DTypeName = Literal["float32", "bfloat16"]
+Path = str | os.PathLike[str]
+Metadata = Mapping[str, str] | None
+
+
+class ServiceClient:
+    """One engine, in a thread of its own that starts with the first client.
+
+    Args:
+        user_metadata: kept with every training run of this service.
+        store: folder for checkpoints; None keeps them for the life of the service only, and says so.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None takes CUDA where there is one.
+        dtype: of base models: ``"float32"`` or ``"bfloat16"``; None means float32 on CPU, bfloat16 on CUDA.
+        cycle_period: seconds that a window of arrivals stays open for other clients to join a cycle.
+        max_tokens_per_pass: tokens that go through the model at once; None means 4096.
+
+    Room: any thread, asyncio loop or Trio run. Leaving ``with`` or ``async with`` normally drains what was
+    accepted and joins; leaving by an exception lets the current job end, fails the rest and joins.
+    """
+
+    def __init__(
+        self,
+        user_metadata: Metadata = None,
+        *,
+        store: Path | None = None,
+        device: str | None = None,
+        dtype: DTypeName | None = None,
+        cycle_period: float = 0.0,
+        max_tokens_per_pass: int | None = None,
+    ) -> None:
+        catalogue = Catalogue(store)
+        engine = make_engine(catalogue, device, dtype, cycle_period, max_tokens_per_pass)
+        self._host = Host(engine, catalogue, user_metadata)
+        atexit.register(_at_exit, weakref.ref(self._host))
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: Metadata = None,
+        optimizer: AdamOptimizerConfig | None = None,
+    ) -> TrainingClient:
+        """Return a client that trains a fresh adapter.
+
+        Args:
+            base_model: ``"tickwork/tiny"``, a local folder or a hub name; loaded when first named.
+            rank: of the adapter, >= 1; its scale is 32 / rank.
+            seed: of the initial values; None draws one.
+            train_mlp: adapt the feed-forward projections.
+            train_attn: adapt the attention projections.
+            train_unembed: adapt the head.
+            user_metadata: kept with the run.
+            optimizer: AdamW, the only one there is.
+        """
+        lora = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
+        return self._training(base_model, lora, None, False, user_metadata, optimizer)
+
+    async def create_lora_training_client_async(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: Metadata = None,
+        optimizer: AdamOptimizerConfig | None = None,
+    ) -> TrainingClient:
+        """``create_lora_training_client``, once the model is there."""
+        lora = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
+        return await self._training(base_model, lora, None, False, user_metadata, optimizer)
+
+    def create_training_client_from_state(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: Metadata = None,
+        weights_access_token: None = None,
+        optimizer: AdamOptimizerConfig | None = None,
+    ) -> TrainingClient:
+        """Return a client that starts from a checkpoint's weights, with a fresh optimizer."""
+        _no_token(weights_access_token)
+        return self._training(base_model, None, path, False, user_metadata, optimizer)
+
+    async def create_training_client_from_state_async(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: Metadata = None,
+        weights_access_token: None = None,
+        optimizer: AdamOptimizerConfig | None = None,
+    ) -> TrainingClient:
+        """``create_training_client_from_state``, once the model is there."""
+        _no_token(weights_access_token)
+        return await self._training(base_model, None, path, False, user_metadata, optimizer)
+
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: Metadata = None,
+        weights_access_token: None = None,
+    ) -> TrainingClient:
+        """Return a client whose next step is the one the saved model would have made."""
+        _no_token(weights_access_token)
+        return self._training(base_model, None, path, True, user_metadata, None)
+
+    async def create_training_client_from_state_with_optimizer_async(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: Metadata = None,
+        weights_access_token: None = None,
+    ) -> TrainingClient:
+        """``create_training_client_from_state_with_optimizer``, once the model is there."""
+        _no_token(weights_access_token)
+        return await self._training(base_model, None, path, True, user_metadata, None)
+
+    def create_sampling_client(self, model_path: str | None = None, base_model: str | None = None) -> SamplingClient:
+        """Return a client that samples from a checkpoint, or from a bare base model."""
+        sampler_request("", model_path, base_model)  # a call with neither is wrong at once
+        return open_sampler(self._host, model_path, base_model)
+
+    async def create_sampling_client_async(
+        self, model_path: str | None = None, base_model: str | None = None
+    ) -> SamplingClient:
+        """``create_sampling_client``, once the weights are there."""
+        return await self.create_sampling_client(model_path, base_model)
+
+    def create_rest_client(self) -> RestClient:
+        """Return a client for the runs and checkpoints of this service's store."""
+        return RestClient(self._host)
+
+    def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
+        """Return the base models that need no network."""
+        return GetServerCapabilitiesResponse(supported())
+
+    async def get_server_capabilities_async(self) -> GetServerCapabilitiesResponse:
+        """Return the base models that need no network."""
+        return self.get_server_capabilities()
+
+    def statistics(self) -> EngineStatistics:
+        """Return the engine's counters."""
+        return self._host.statistics()
+
+    def close(self, status: Literal["success", "errored", "interrupted"] = "success") -> Future[None]:
+        """End the engine and wait for it; the future it returns is done.
+
+        Args:
+            status: ``"success"`` drains what was accepted; the others let only the current job end.
+
+        Raises:
+            Exception: what the engine died of.
+        """
+        self._host.close(abort=status != "success")
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # fmt: skip  # noqa: E501
+        self._host.close(abort=error is not None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # fmt: skip  # noqa: E501
+        await _in_worker(partial(self._host.close, abort=error is not None))
+
+    def _training(
+        self,
+        base_model: str | None,
+        lora: LoraConfig | None,
+        path: str | None,
+        with_optimizer: bool,
+        user_metadata: Metadata,
+        optimizer: AdamOptimizerConfig | None,
+    ) -> TrainingClient:
+        model_id = self._host.next_id("train")
+
+        def build() -> Request:
+            if getattr(optimizer, "type", "adamw") != "adamw":
+                raise InvalidRequestError("only 'adamw' is offered", field="optimizer.type")
+            if path is not None:
+                ParsedCheckpointTinkerPath.from_tinker_path(path)
+            metadata = {**self._host.user_metadata, **(user_metadata or {})}
+            return Request("step", model_id, CreateModel(model_id, base_model, lora, path, with_optimizer, metadata))
+
+        return TrainingClient(self._host, model_id, self._host.submit(build))
+
+
+@asynccontextmanager
+async def open_service(
+    user_metadata: Metadata = None,
+    *,
+    store: Path | None = None,
+    device: str | None = None,
+    dtype: DTypeName | None = None,
+    cycle_period: float = 0.0,
+    max_tokens_per_pass: int | None = None,
+) -> AsyncIterator[ServiceClient]:
+    """Run a service in a nursery of the calling Trio task; arguments as for ``ServiceClient``.
+
+    Leaving normally drains what was accepted. An error in the body, or the engine's death, cancels the other.
+    """
+    service = ServiceClient(user_metadata, store=store, device=device, dtype=dtype, cycle_period=cycle_period, max_tokens_per_pass=max_tokens_per_pass)  # fmt: skip  # noqa: E501
+    async with hosted(service._host):
+        yield service
+
+
+@asynccontextmanager
+async def hosted(host: Host) -> AsyncIterator[None]:
+    """Run a host's engine in a nursery of the calling Trio task."""
+    async with trio.open_nursery() as nursery:
+        portal = await nursery.start(host.engine.run)
+        host.attach(portal)
+        try:
+            yield
+        except BaseException:
+            nursery.cancel_scope.cancel("the body of open_service failed")
+            raise
+        portal.close()
+    host.close()
+
+
+def make_engine(
+    catalogue: Catalogue, device: str | None, dtype: str | None, cycle_period: float, max_tokens: int | None
+) -> Engine:
+    """Build an engine with a local executor.
+
+    Raises:
+        InvalidRequestError: a setting that is not offered, by name.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise InvalidRequestError(f"{dtype!r}; 'float32' or 'bfloat16'", field="dtype")
+    if device is not None and device.split(":")[0] not in ("cpu", "cuda"):
+        raise InvalidRequestError(f"{device!r}; 'cpu', 'cuda' or 'cuda:N'", field="device")
+    if not 0 <= cycle_period < float("inf"):
+        raise InvalidRequestError(f"{cycle_period!r}; seconds, at least 0", field="cycle_period")
+    tokens = MAX_TOKENS_PER_PASS if max_tokens is None else max_tokens
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise InvalidRequestError(f"{max_tokens!r}; a whole number, at least 1", field="max_tokens_per_pass")
+    executor = LocalExecutor(catalogue, device, dtype, tokens)
+    return Engine(executor, cycle_period=cycle_period, max_tokens_per_pass=tokens)
+
+
+def _no_token(weights_access_token: None) -> None:
+    if weights_access_token is not None:
+        raise InvalidRequestError("in process there are no access tokens", field="weights_access_token")
+
+
+async def _in_worker(act: partial[None]) -> None:
+    """Join the engine's thread without blocking the caller's loop, and without leaving it half closed."""
+    if trio.lowlevel.in_trio_task():
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(act)
+    else:
+        import asyncio  # noqa: PLC0415
+
+        await asyncio.shield(asyncio.to_thread(act))
+
+
+def _at_exit(host: weakref.ref[Host]) -> None:
+    """A service that nobody closed still drains, unless the interpreter ends by an exception."""
+    living = host()
+    if living is not None:
+        living.close(abort=hasattr(sys, "last_type"))

@@ -1,0 +1,1 @@
+"""Everything that touches torch: models, adapters, losses, the optimizer, sampling. No trio."""

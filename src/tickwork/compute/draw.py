@@ -1,0 +1,229 @@
+"""``Draw``: one sampling request under way: its sequences, when they stop, and its prompt's scores."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Collection
+
+import attrs
+import numpy as np
+import torch
+
+from tickwork.compute.choose import Recipe
+from tickwork.compute.lora import Adapter
+from tickwork.engine.request import Request
+from tickwork.errors import InvalidRequestError
+from tickwork.requests import Sample
+from tickwork.results import SampledSequence, SampleResponse
+from tickwork.types import SamplingParams, StopReason
+
+Ranked = list[tuple[int, float]]
+Decode = Callable[[list[int]], str]
+
+
+@attrs.define(eq=False)
+class Strand:
+    """One sequence being drawn; ``length`` positions of it are cached in ``slot``."""
+
+    slot: int
+    random: np.random.Generator
+    length: int = 0
+    tokens: list[int] = attrs.Factory(list)
+    logprobs: list[float] = attrs.Factory(list)
+    ranked: list[Ranked] = attrs.Factory(list)
+    reason: StopReason | None = None
+
+
+@attrs.frozen
+class StopRule:
+    """When a sequence stops.
+
+    Args:
+        ids: token ids that stop it.
+        strings: strings that stop it, wherever token borders fall.
+        decode: token ids to text; needed with strings.
+    """
+
+    ids: Collection[int] = frozenset()
+    strings: tuple[str, ...] = ()
+    decode: Decode | None = None
+
+    def met(self, tokens: list[int]) -> bool:
+        """Whether the last token completes a stop."""
+        if tokens[-1] in self.ids:
+            return True
+        if not self.strings or self.decode is None:
+            return False
+        # A character takes at most four byte tokens: only the tail can hold a stop that was not there before.
+        tail = 4 * max(len(text) for text in self.strings) + 4
+        text = self.decode(tokens[-tail:])
+        return any(string in text for string in self.strings)
+
+
+@attrs.define(eq=False)
+class Draw:
+    """A sampling request between its admission and its answer.
+
+    Args:
+        prefilled: prompt tokens whose keys and values are cached.
+        scores: logprob of each prompt token scored so far, by position.
+        ranked: most likely tokens at each prompt position scored so far.
+    """
+
+    request: Request
+    payload: Sample
+    adapter: Adapter | None
+    recipe: Recipe
+    stop: StopRule
+    budget: int
+    seed: int
+    strands: list[Strand] = attrs.Factory(list)
+    prefilled: int = 0
+    scores: dict[int, float] = attrs.Factory(dict)
+    ranked: dict[int, Ranked] = attrs.Factory(dict)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the prompt is through."""
+        return self.prefilled == len(self.payload.prompt)
+
+    @property
+    def reach(self) -> int:
+        """Positions that each of its slots may come to hold."""
+        return len(self.payload.prompt) + self.budget
+
+    @property
+    def done(self) -> bool:
+        """Whether every sequence has stopped."""
+        return bool(self.strands) and all(strand.reason for strand in self.strands)
+
+    def first_scored(self) -> int:
+        """The first prompt position to score; the prompt's length where none is."""
+        length, last = len(self.payload.prompt), self.payload.prompt_logprobs_last_n
+        if not self.payload.include_prompt_logprobs and not self.payload.topk_prompt_logprobs:
+            return length
+        return max(1, 0 if last is None else length - last)
+
+    def random(self, index: int) -> np.random.Generator:
+        """Random numbers of one sequence: a function of the request's seed and its index alone."""
+        return np.random.default_rng([self.seed, index])
+
+    def take(self, strand: Strand, token: int, logprob: float, ranked: Ranked | None) -> None:
+        """Append a drawn token."""
+        strand.tokens.append(token)
+        strand.logprobs.append(logprob)
+        if ranked is not None:
+            strand.ranked.append(ranked)
+        if self.stop.met(strand.tokens):
+            strand.reason = "stop"
+        elif len(strand.tokens) == self.budget:
+            strand.reason = "length"
+
+    def answer(self) -> SampleResponse:
+        """Build the response, once ``done``."""
+        payload, length = self.payload, len(self.payload.prompt)
+        name = f"{id(self.request):x}"
+        sequences = [
+            SampledSequence(
+                strand.reason or "length",
+                strand.tokens,
+                strand.logprobs,
+                strand.ranked if payload.topk_sample_logprobs else None,
+                f"{name}:{index}",
+            )
+            for index, strand in enumerate(self.strands)
+        ]
+        return SampleResponse(
+            sequences,
+            [self.scores.get(i) for i in range(length)] if payload.include_prompt_logprobs else None,
+            [self.ranked.get(i) for i in range(length)] if payload.topk_prompt_logprobs else None,
+        )
+
+
+def open_draw(
+    request: Request, adapter: Adapter | None, vocab_size: int, context: int, stop_ids: Collection[int], decode: Decode
+) -> Draw:
+    """Check a sampling request and make its state.
+
+    Args:
+        decode: token ids to text; called only where stop strings need it.
+
+    Raises:
+        InvalidRequestError: naming the field and what is allowed.
+    """
+    payload: Sample = request.payload
+    params = payload.params
+    _check(payload, vocab_size, context)
+    room = context - len(payload.prompt)
+    budget = room if params.max_tokens is None else params.max_tokens
+    if not 1 <= budget <= room:
+        raise InvalidRequestError(
+            f"{len(payload.prompt)} prompt tokens leave room for {room} of the model's {context}; asked for {budget}",
+            field="sampling_params.max_tokens",
+        )
+    recipe = Recipe(float(params.temperature), params.top_k, float(params.top_p))
+    seed = secrets.randbits(63) if params.seed is None else params.seed
+    return Draw(request, payload, adapter, recipe, _stop_rule(params, vocab_size, stop_ids, decode), budget, seed)
+
+
+def _check(payload: Sample, vocab_size: int, context: int) -> None:
+    params = payload.params
+    bad = next((i for i, token in enumerate(payload.prompt) if not 0 <= token < vocab_size), None)
+    last_n = payload.prompt_logprobs_last_n
+    rules = [
+        (len(payload.prompt) > 0, "prompt", "is empty; at least one token is needed"),
+        (bad is None, "prompt", f"token id out of 0 to {vocab_size - 1} at position {bad}"),
+        (len(payload.prompt) <= context, "prompt", f"{len(payload.prompt)} tokens; the model's context is {context}"),
+        (_whole(payload.num_samples, 1), "num_samples", f"{payload.num_samples!r}; at least 1 is needed"),
+        (_real(params.temperature, 0), "sampling_params.temperature", f"{params.temperature!r}; finite and >= 0"),
+        (
+            params.top_k == -1 or _whole(params.top_k, 1),
+            "sampling_params.top_k",
+            f"{params.top_k!r}; -1 (all) or at least 1",
+        ),
+        (_real(params.top_p, 0) and 0 < params.top_p <= 1, "sampling_params.top_p", f"{params.top_p!r}; 0 < p <= 1"),
+        (params.seed is None or _whole(params.seed, 0), "sampling_params.seed", f"{params.seed!r}; an integer >= 0"),
+        (
+            params.max_tokens is None or _whole(params.max_tokens, 1),
+            "sampling_params.max_tokens",
+            f"{params.max_tokens!r}; at least 1 is needed",
+        ),
+        *[
+            (_whole(getattr(payload, name), 0) and getattr(payload, name) <= vocab_size, name, f"0 to {vocab_size}")
+            for name in ("topk_prompt_logprobs", "topk_sample_logprobs")
+        ],
+        (last_n is None or _whole(last_n, 1), "prompt_logprobs_last_n", f"{last_n!r}; at least 1 is needed"),
+    ]
+    for fine, field, message in rules:
+        if not fine:
+            raise InvalidRequestError(message, field=field)
+
+
+def _whole(value: object, low: int) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= low
+
+
+def _real(value: object, low: float) -> bool:
+    return isinstance(value, int | float | np.floating) and math.isfinite(value) and value >= low
+
+
+def _stop_rule(params: SamplingParams, vocab_size: int, stop_ids: Collection[int], decode: Decode) -> StopRule:
+    stop = params.stop
+    if stop is None:
+        return StopRule(ids=stop_ids)
+    items = [stop] if isinstance(stop, str) else list(stop)
+    if all(isinstance(item, str) and item for item in items):
+        return StopRule(strings=tuple(str(item) for item in items), decode=decode)
+    if all(_whole(item, 0) and int(item) < vocab_size for item in items):
+        return StopRule(ids=frozenset(int(item) for item in items))
+    raise InvalidRequestError(
+        f"{stop!r}; None, a non-empty string, a list of such strings, or a list of token ids below {vocab_size}",
+        field="sampling_params.stop",
+    )
+
+
+def rank(logp: torch.Tensor, count: int) -> list[Ranked]:
+    """Return the ``count`` most likely ``(id, logprob)`` of each row of ``[n, V]``."""
+    values, ids = logp.topk(count, -1)
+    return [list(zip(row, val, strict=True)) for row, val in zip(ids.tolist(), values.tolist(), strict=True)]

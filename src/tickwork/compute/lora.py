@@ -1,0 +1,142 @@
+"""Adapters: one flat arena of LoRA parameters each, and the projections that apply them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from tickwork.compute.rows import Packed
+from tickwork.types import LoraConfig
+from tickwork_kernels import Lora, multi_lora
+
+# ``W' = W + (32 / rank) * B @ A``: fixed, so that one learning rate serves all ranks.
+ALPHA = 32
+HEAD = "lm_head"
+ATTENTION_PARTS = ("attn", "attention")
+
+
+class LoraLinear(torch.nn.Module):
+    """A frozen projection of the base, and whatever adapters the rows of the current pass bring.
+
+    Args:
+        base: ``nn.Linear`` or transformers' ``Conv1D``.
+        path: its module path, which names its tensors in an adapter.
+        current: holds the pass under way under the key ``packed``; shared by all projections of a model.
+    """
+
+    def __init__(self, base: torch.nn.Module, path: str, current: Mapping[str, Packed]) -> None:
+        super().__init__()
+        self.base = base
+        self.path = path
+        self.current = current
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Project ``[..., d_in]`` to ``[..., d_out]``."""
+        y: torch.Tensor = self.base(x)
+        segments = self.current["packed"].lora_segments(self.path)
+        if all(segment.a is None for segment in segments):
+            return y
+        return multi_lora(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), segments).view_as(y)
+
+
+class Adapter:
+    """LoRA parameters of one model in one flat float32 arena.
+
+    Args:
+        shapes: module path -> ``(d_in, d_out)`` of every projection of the base.
+        config: rank, seed and which projections to adapt.
+        seed: seed of the initial values.
+        device: where the arena lies.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], config: LoraConfig, seed: int, device: torch.device
+    ) -> None:
+        self.config, self.seed = config, seed
+        self.scale = ALPHA / config.rank
+        self.shapes = {path: shape for path, shape in shapes.items() if wanted(path, config)}
+        sizes = [config.rank * (d_in + d_out) for d_in, d_out in self.shapes.values()]
+        self._view(torch.zeros(sum(sizes), dtype=torch.float32, device=device))
+        self._initialise()
+
+    def _view(self, arena: torch.Tensor) -> None:
+        self.arena = arena
+        self.tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        rank, offset = self.config.rank, 0
+        for path, (d_in, d_out) in self.shapes.items():
+            a = arena[offset : offset + rank * d_in].view(rank, d_in)
+            offset += a.numel()
+            b = arena[offset : offset + rank * d_out].view(d_out, rank)
+            offset += b.numel()
+            # Leaves of their own: gradients of views would each be as large as the arena.
+            self.tensors[path] = (a.detach().requires_grad_(), b.detach().requires_grad_())
+
+    def _initialise(self) -> None:
+        """A uniform in ``+-1/sqrt(d_in)`` whatever the rank, B zero; each tensor from a seed of its own."""
+        with torch.no_grad():
+            for path, (a, _) in self.tensors.items():
+                digest = hashlib.sha256(f"{self.seed}:{path}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+                bound = a.shape[1] ** -0.5
+                a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+
+    def snapshot(self) -> Adapter:
+        """Return a copy that later training does not touch."""
+        copy = object.__new__(Adapter)
+        copy.config, copy.seed, copy.scale, copy.shapes = self.config, self.seed, self.scale, self.shapes
+        copy._view(self.arena.clone())
+        return copy
+
+    @property
+    def head(self) -> Lora | None:
+        """The head's part, if the head is adapted."""
+        if HEAD not in self.tensors:
+            return None
+        a, b = (tensor.detach() for tensor in self.tensors[HEAD])
+        return Lora(a, b, self.scale)
+
+    def body(self) -> list[torch.Tensor]:
+        """The leaves that the packed forward goes through: all but the head's."""
+        return [tensor for path, pair in self.tensors.items() if path != HEAD for tensor in pair]
+
+    def named(self, arena: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Return PEFT's names with views of this arena, or of another of its size (moments)."""
+        flat, offset, names = (self.arena if arena is None else arena), 0, {}
+        for path, pair in self.tensors.items():
+            for letter, tensor in zip("AB", pair, strict=True):
+                names[f"base_model.model.{path}.lora_{letter}.weight"] = flat[offset : offset + tensor.numel()].view(
+                    tensor.shape
+                )
+                offset += tensor.numel()
+        return names
+
+
+def wanted(path: str, config: LoraConfig) -> bool:
+    """Whether a configuration adapts the projection at ``path``."""
+    if path == HEAD:
+        return config.train_unembed
+    attention = any(word in part for part in path.split(".") for word in ATTENTION_PARTS)
+    return config.train_attn if attention else config.train_mlp
+
+
+def install(model: Any, current: Mapping[str, Packed]) -> dict[str, tuple[int, int]]:
+    """Wrap every projection of the decoder's layers in a ``LoraLinear``; return path -> ``(d_in, d_out)``."""
+    shapes: dict[str, tuple[int, int]] = {}
+    head = model.get_output_embeddings()
+    for path, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
+            parent = model.get_submodule(path.rpartition(".")[0])
+            setattr(parent, path.rpartition(".")[2], LoraLinear(module, path, current))
+            shapes[path] = _features(module)
+    shapes[HEAD] = _features(head)
+    return shapes
+
+
+def _features(module: torch.nn.Module) -> tuple[int, int]:
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return int(module.weight.shape[1]), int(module.weight.shape[0])

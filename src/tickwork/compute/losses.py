@@ -1,0 +1,207 @@
+"""Losses by name: their inputs, defaults and checks; and the calling of custom ones."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+
+import tickwork_kernels as kernels
+from tickwork.errors import InvalidRequestError, LossError
+from tickwork.requests import CustomLoss, ForwardBackward
+from tickwork.types import Datum, TensorDtype
+
+RL_INPUTS: Mapping[str, TensorDtype] = {"logprobs": "float32", "advantages": "float32"}
+
+
+@attrs.frozen
+class TokenLoss:
+    """A built-in loss: a function of each token's logprob and inputs.
+
+    Args:
+        inputs: required loss inputs besides ``target_tokens``, and their dtype.
+        config: accepted configuration and its defaults.
+        evaluate: ``(logp, inputs, config) -> (loss, d loss / d logp)``.
+        wide: whether targets may be ``(N, K)``.
+    """
+
+    inputs: Mapping[str, TensorDtype]
+    config: Mapping[str, float]
+    evaluate: Callable[[torch.Tensor, kernels.token_losses.Inputs, Mapping[str, float]], kernels.token_losses.Pair]
+    wide: bool = False
+
+
+TOKEN_LOSSES: Mapping[str, TokenLoss] = {
+    "cross_entropy": TokenLoss({"weights": "float32"}, {}, kernels.cross_entropy, wide=True),
+    "importance_sampling": TokenLoss(RL_INPUTS, {}, kernels.importance_sampling),
+    "ppo": TokenLoss(RL_INPUTS, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}, kernels.ppo),
+    "cispo": TokenLoss(RL_INPUTS, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}, kernels.cispo),
+    # The service publishes no default for beta; this is the value its documentation uses as an example.
+    "dro": TokenLoss(RL_INPUTS, {"beta": 0.05}, kernels.dro),
+}
+
+REFUSED = {
+    "gspo": "its formula and defaults are unpublished; pass a custom loss with a sequence-level ratio, or use 'ppo'",
+    "stable_reinforce": "its formula is unpublished; use 'importance_sampling' or 'cispo', or pass a custom loss",
+    "custom": "pass the callable itself to forward_backward_custom",
+}
+
+
+def check(payload: ForwardBackward, vocab_size: int, context: int) -> None:
+    """Check a request before any of it runs.
+
+    Raises:
+        InvalidRequestError: naming the field and the datum.
+    """
+    if not payload.data:
+        raise InvalidRequestError("holds no datum; at least one is needed", field="data")
+    if not callable(payload.loss_fn):
+        _check_config(token_loss(payload.loss_fn), payload)
+    elif payload.config:
+        raise InvalidRequestError("a custom loss takes no configuration: bind it in the callable", field="config")
+    for index, datum in enumerate(payload.data):
+        try:
+            _check_datum(datum, payload.loss_fn, vocab_size, context)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(str(error), datum=index) from None
+
+
+def token_loss(name: str) -> TokenLoss:
+    """Return a built-in loss.
+
+    Raises:
+        InvalidRequestError: unknown, or refused with the reason.
+    """
+    if isinstance(name, str) and name in TOKEN_LOSSES:
+        return TOKEN_LOSSES[name]
+    reason = REFUSED.get(name, "unknown") if isinstance(name, str) else "neither a name nor a callable"
+    raise InvalidRequestError(f"{name!r}: {reason}. Losses: {', '.join(TOKEN_LOSSES)}", field="loss_fn")
+
+
+def settings(payload: ForwardBackward) -> dict[str, float]:
+    """Return the loss's configuration with defaults filled in."""
+    assert isinstance(payload.loss_fn, str)
+    return {**token_loss(payload.loss_fn).config, **{key: float(value) for key, value in payload.config.items()}}
+
+
+def _check_config(loss: TokenLoss, payload: ForwardBackward) -> None:
+    for key, value in payload.config.items():
+        field = f"loss_fn_config[{key!r}]"
+        if key not in loss.config:
+            allowed = ", ".join(loss.config) or "nothing"
+            raise InvalidRequestError(f"{payload.loss_fn} takes no such setting, only {allowed}", field=field)
+        if isinstance(value, bool | str) or not np.isfinite(value):
+            raise InvalidRequestError(f"{value!r} is not a finite number", field=field)
+
+
+def _check_datum(datum: Datum, loss_fn: str | CustomLoss, vocab_size: int, context: int) -> None:
+    tokens = np.asarray(datum.model_input.to_ints(), dtype=np.int64)
+    if not 0 < len(tokens) <= context:
+        raise InvalidRequestError(f"has {len(tokens)} tokens; 1 to {context} are allowed", field="model_input")
+    _check_ids(tokens, vocab_size, "model_input")
+    targets = _input(datum, "target_tokens", "int64")
+    wide = callable(loss_fn) or TOKEN_LOSSES[loss_fn].wide
+    if targets.ndim not in ((1, 2) if wide else (1,)) or targets.shape[0] != len(tokens) or targets.size == 0:
+        allowed = f"({len(tokens)},)" + (f" or ({len(tokens)}, K)" if wide else "")
+        raise InvalidRequestError(
+            f"shape {targets.shape} does not fit model_input: {allowed} is allowed", field=_field("target_tokens")
+        )
+    _check_ids(targets, vocab_size, _field("target_tokens"))
+    if isinstance(loss_fn, str):
+        _check_inputs(datum, TOKEN_LOSSES[loss_fn].inputs, targets.shape, loss_fn)
+
+
+def _check_inputs(datum: Datum, inputs: Mapping[str, TensorDtype], shape: tuple[int, ...], loss_fn: str) -> None:
+    for key in datum.loss_fn_inputs:
+        if key != "target_tokens" and key not in inputs:
+            raise InvalidRequestError(
+                f"{loss_fn} does not use it; its inputs are target_tokens, {', '.join(inputs)}", field=_field(key)
+            )
+    for key, dtype in inputs.items():
+        values = _input(datum, key, dtype)
+        if values.shape != shape:
+            raise InvalidRequestError(f"shape {values.shape} is not that of target_tokens, {shape}", field=_field(key))
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            raise InvalidRequestError(
+                f"{values.reshape(-1)[bad[0]]} at position {bad[0]}; values must be finite", field=_field(key)
+            )
+
+
+def _input(datum: Datum, key: str, dtype: TensorDtype) -> np.ndarray:
+    if key not in datum.loss_fn_inputs:
+        raise InvalidRequestError("is missing", field=_field(key))
+    tensor = datum.loss_fn_inputs[key]
+    if tensor.dtype != dtype:
+        raise InvalidRequestError(f"dtype {tensor.dtype} where {dtype} is needed", field=_field(key))
+    return tensor.to_numpy()
+
+
+def _check_ids(ids: np.ndarray, vocab_size: int, field: str) -> None:
+    bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if len(bad):
+        raise InvalidRequestError(
+            f"token id {ids.reshape(-1)[bad[0]]} at position {bad[0]}; ids are 0 to {vocab_size - 1}", field=field
+        )
+
+
+def _field(key: str) -> str:
+    return f"loss_fn_inputs[{key!r}]"
+
+
+def call_custom(
+    loss_fn: CustomLoss, given: Sequence[Any], logprobs: list[torch.Tensor]
+) -> tuple[float, dict[str, float], list[torch.Tensor]]:
+    """Call a custom loss and differentiate it.
+
+    Args:
+        given: the caller's datums.
+        logprobs: of each datum, shaped like its targets, float32.
+
+    Returns:
+        ``(loss, metrics, d loss / d logprobs of each datum)``; logprobs that the loss ignores get zeros.
+
+    Raises:
+        LossError: it raised, or returned what is not ``(scalar tensor that depends on logprobs, metrics)``.
+    """
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in logprobs]
+    with torch.enable_grad():
+        try:
+            answer = loss_fn(given, list(leaves))
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise LossError(
+                f"the custom loss raised {type(error).__name__}: {error} (line {last.lineno} of {last.filename})"
+            ) from error
+        loss, metrics = _unpack(answer)
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise LossError(f"the custom loss could not be differentiated: {error}") from error
+    grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    for index, grad in enumerate(grads):
+        if not bool(torch.isfinite(grad).all()):
+            raise LossError(f"the gradient of the custom loss is not finite for data[{index}]")
+    return float(loss.detach()), metrics, grads
+
+
+def _unpack(answer: Any) -> tuple[torch.Tensor, dict[str, float]]:
+    if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], Mapping):
+        raise LossError(f"the custom loss must return (loss, metrics dict), not {type(answer).__name__}")
+    loss, metrics = answer
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise LossError(f"the custom loss must be a scalar float tensor, not {shape}")
+    if not loss.requires_grad:
+        raise LossError("the custom loss is detached: it does not depend on the logprobs it was given")
+    try:
+        plain = {
+            str(key): value.detach() if isinstance(value, torch.Tensor) else value for key, value in metrics.items()
+        }
+        return loss.reshape(()), {key: float(value) for key, value in plain.items()}
+    except (TypeError, ValueError) as error:
+        raise LossError(f"the metrics of a custom loss must be numbers: {error}") from error

@@ -1,0 +1,241 @@
+"""``Device``: all that lives on one accelerator, and the running of stages on it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable
+
+import attrs
+import torch
+
+from tickwork.catalogue import Catalogue, Meta, Run
+from tickwork.compute.losses import check
+from tickwork.compute.lora import Adapter
+from tickwork.compute.model import DTYPES, BaseModel
+from tickwork.compute.optimizer import Trainable
+from tickwork.compute.passes import Progress, run_pass
+from tickwork.compute.sampler import Sampler
+from tickwork.engine.plan import Pass, Stage
+from tickwork.engine.request import Outcome, Request
+from tickwork.errors import InvalidRequestError, RequestFailedError
+from tickwork.requests import CreateModel, ForwardBackward, Load, OpenSampler, OptimStep, Release, Save
+from tickwork.results import GetInfoResponse, LoadWeightsResponse, OptimStepResponse, SaveWeightsResponse
+from tickwork.store import Store
+from tickwork.types import LoraConfig
+
+
+@attrs.define(eq=False)
+class TrainingModel:
+    """A training client's model."""
+
+    base: BaseModel
+    state: Trainable
+
+
+@attrs.define(eq=False)
+class Weights:
+    """What a sampling client samples from: a fixed snapshot, or the bare base."""
+
+    base: BaseModel
+    adapter: Adapter | None
+
+
+class Device:
+    """Base models, training models and samplers of one device.
+
+    Args:
+        catalogue: where checkpoints lie.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` …; None takes CUDA where there is one.
+        dtype: ``"float32"`` or ``"bfloat16"`` for base models; None means float32 on CPU, bfloat16 on CUDA.
+            Adapters, gradients, moments and logits are always float32.
+        max_tokens: tokens of one forward of the sampler.
+
+    Room: the device thread.
+    """
+
+    def __init__(self, catalogue: Catalogue, device: str | None, dtype: str | None, max_tokens: int) -> None:
+        self._store = Store(catalogue)
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._dtype = DTYPES[dtype or ("bfloat16" if self._device.type == "cuda" else "float32")]
+        self._max_tokens = max_tokens
+        self._bases: dict[str, BaseModel] = {}
+        self._models: dict[str, TrainingModel] = {}
+        self._weights: dict[str, Weights] = {}
+        self._samplers: dict[str, Sampler] = {}
+        self._lost: dict[str, RequestFailedError] = {}
+        self._steps: dict[type, Callable[..., object]] = {
+            CreateModel: self._create,
+            OptimStep: self._optim_step,
+            Save: self._save,
+            Load: self._load,
+            OpenSampler: self._open_sampler,
+            Release: self._release,
+        }
+
+    @property
+    def sampling(self) -> bool:
+        """Whether any sampler has unfinished requests."""
+        return any(sampler.busy for sampler in self._samplers.values())
+
+    def run(self, stage: Stage, cycle: int, nudged: Callable[[], bool]) -> list[Outcome]:
+        """Run one stage.
+
+        Args:
+            cycle: number of the cycle, which results report.
+            nudged: asked between decode steps; True ends the turn of decoding.
+
+        Returns:
+            one outcome for each request that finished.
+        """
+        outcomes = self._run_passes(stage.passes, cycle)
+        outcomes += [_outcome(request, lambda r=request: self._step(r)) for request in stage.steps]
+        for request in stage.samples:
+            refusal = _outcome(request, lambda r=request: self._admit(r))
+            outcomes += [refusal] if refusal.error else []
+        if stage.decode:
+            outcomes += self._decode(stage.decode, nudged)
+        return outcomes
+
+    def _decode(self, seconds: float, nudged: Callable[[], bool]) -> list[Outcome]:
+        busy = [sampler for sampler in self._samplers.values() if sampler.busy]
+        return [outcome for sampler in busy for outcome in sampler.decode(seconds / len(busy), nudged)]
+
+    def _run_passes(self, passes: Iterable[Pass], cycle: int) -> list[Outcome]:
+        progress: dict[Request, Progress] = {}
+        outcomes: list[Outcome] = []
+        passes = list(passes)
+        pieces = [piece.request for item in passes for piece in item.pieces]
+        for request in dict.fromkeys(pieces):
+            try:
+                progress[request] = self._begin(request, pieces.count(request) > 1)
+            except RequestFailedError as error:
+                outcomes.append(Outcome(request, error=error))
+        for item in passes:
+            work = [(progress[piece.request], piece) for piece in item.pieces if piece.request in progress]
+            for base in dict.fromkeys(each.base for each, _ in work):
+                run_pass(base, [(each, piece) for each, piece in work if each.base is base])
+        return outcomes + [_finish(each, cycle) for each in progress.values()]
+
+    def _begin(self, request: Request, several: bool) -> Progress:
+        payload: ForwardBackward = request.payload
+        model = self._model(payload.model_id)
+        check(payload, model.base.vocab_size, model.base.context)
+        return Progress(request, model.base, model.state, several)
+
+    def _step(self, request: Request) -> object:
+        return self._steps[type(request.payload)](request.payload)
+
+    def _base(self, name: str) -> BaseModel:
+        if name not in self._bases:
+            self._bases[name] = BaseModel(name, self._device, self._dtype)
+        return self._bases[name]
+
+    def _model(self, model_id: str) -> TrainingModel:
+        if model_id in self._models:
+            return self._models[model_id]
+        if model_id in self._lost:
+            raise self._lost[model_id]
+        raise InvalidRequestError(f"there is no training model {model_id!r}", field="model_id")
+
+    def _create(self, ask: CreateModel) -> GetInfoResponse:
+        try:
+            return self._create_or_raise(ask)
+        except RequestFailedError as error:
+            self._lost[ask.model_id] = error
+            raise
+
+    def _create_or_raise(self, ask: CreateModel) -> GetInfoResponse:
+        saved = None if ask.path is None else self._store.read(ask.path)
+        lora = ask.lora or (saved.meta.lora if saved else LoraConfig())
+        seed = lora.seed if lora.seed is not None else secrets.randbits(31)
+        name = ask.base_model or (saved.meta.base_model if saved else "")
+        if saved is not None and name != saved.meta.base_model:
+            raise InvalidRequestError(
+                f"{name!r} is not {saved.meta.base_model!r}, which {ask.path} was trained on", field="base_model"
+            )
+        if isinstance(lora.rank, bool) or not isinstance(lora.rank, int) or lora.rank < 1:
+            raise InvalidRequestError(f"{lora.rank!r}; an integer >= 1 is needed", field="rank")
+        base = self._base(name)
+        adapter = Adapter(base.shapes, lora, seed, self._device)
+        if not adapter.shapes:
+            raise InvalidRequestError("nothing to train: all of train_attn, train_mlp, train_unembed are off")
+        state = Trainable(adapter)
+        if saved is not None:
+            saved.restore(state, with_optimizer=ask.with_optimizer)
+        self._store.catalogue.open_run(Run(ask.model_id, name, lora, dict(ask.user_metadata or {})))
+        self._models[ask.model_id] = TrainingModel(base, state)
+        return base.info(ask.model_id, adapter)
+
+    def _optim_step(self, ask: OptimStep) -> OptimStepResponse:
+        return OptimStepResponse(self._model(ask.model_id).state.step(ask.params))
+
+    def _save(self, ask: Save) -> SaveWeightsResponse:
+        model = self._model(ask.model_id)
+        meta = Meta(
+            run_id=ask.model_id,
+            kind=ask.kind,
+            name=ask.name,
+            base_model=model.base.name,
+            lora=attrs.evolve(model.state.adapter.config, seed=model.state.adapter.seed),
+            steps=model.state.steps,
+            user_metadata=dict(ask.user_metadata or {}),
+        )
+        return SaveWeightsResponse(self._store.write(meta, model.state, ask.ttl_seconds, ask.overwrite))
+
+    def _load(self, ask: Load) -> LoadWeightsResponse:
+        model = self._model(ask.model_id)
+        saved = self._store.read(ask.path)
+        saved.check_fits(model.base.name, model.state.adapter)
+        saved.restore(model.state, with_optimizer=ask.with_optimizer)
+        return LoadWeightsResponse(ask.path, ask.model_id)
+
+    def _open_sampler(self, ask: OpenSampler) -> None:
+        try:
+            self._weights[ask.key] = self._open(ask)
+        except RequestFailedError as error:
+            self._lost[ask.key] = error
+            raise
+
+    def _open(self, ask: OpenSampler) -> Weights:
+        if ask.model_id is not None:
+            model = self._model(ask.model_id)
+            return Weights(model.base, model.state.adapter.snapshot())
+        if ask.path is None:
+            return Weights(self._base(ask.base_model or ""), None)
+        saved = self._store.read(ask.path)
+        if ask.base_model not in (None, saved.meta.base_model):
+            raise InvalidRequestError(f"{ask.path} was trained on {saved.meta.base_model!r}", field="base_model")
+        base = self._base(saved.meta.base_model)
+        adapter = Adapter(base.shapes, saved.meta.lora, saved.meta.lora.seed or 0, self._device)
+        saved.restore(Trainable(adapter), with_optimizer=False)
+        return Weights(base, adapter)
+
+    def _release(self, ask: Release) -> None:
+        for held in (self._models, self._weights, self._lost):
+            held.pop(ask.key, None)
+
+    def _admit(self, request: Request) -> None:
+        key = request.payload.key
+        if key not in self._weights:
+            raise self._lost.get(key) or InvalidRequestError(f"there is no sampler {key!r}", field="sampler")
+        weights = self._weights[key]
+        name = weights.base.name
+        if name not in self._samplers:
+            self._samplers[name] = Sampler(weights.base, self._max_tokens)
+        self._samplers[name].admit(request, weights.adapter)
+
+
+def _outcome(request: Request, act: Callable[[], object]) -> Outcome:
+    try:
+        return Outcome(request, value=act())
+    except RequestFailedError as error:
+        return Outcome(request, error=error)
+    except OSError as error:
+        return Outcome(request, error=RequestFailedError(f"the store: {error}"))
+
+
+def _finish(progress: Progress, cycle: int) -> Outcome:
+    if progress.error is not None:
+        return Outcome(progress.request, error=progress.error)
+    progress.model.requests += progress.payload.backward
+    return Outcome(progress.request, value=progress.output(cycle))

@@ -1,0 +1,74 @@
+"""``EngineThread``: hosts an engine for callers that have no Trio run of their own."""
+
+from __future__ import annotations
+
+import threading
+
+import trio
+
+from tickwork.engine.engine import Engine
+from tickwork.engine.portal import Portal
+from tickwork.futures import Inner
+
+
+class _Ready:
+    """What ``nursery.start`` would be: takes the portal when the engine is up."""
+
+    def __init__(self) -> None:
+        self.portal: Inner[Portal] = Inner()
+
+    def started(self, portal: Portal) -> None:
+        self.portal.set_result(portal)
+
+
+class EngineThread:
+    """One engine in one daemon thread.
+
+    Room: any thread may start and end it; ending it joins the thread.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._ready = _Ready()
+        self._scope = trio.CancelScope()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._death: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, name="tickwork-engine", daemon=True)
+
+    def start(self) -> Portal:
+        """Start the engine and return its portal once it is up."""
+        self._thread.start()
+        return self._ready.portal.result()
+
+    def close(self) -> None:
+        """Drain what was accepted, end, join.
+
+        Raises:
+            Exception: what the engine died of, if it did.
+        """
+        self._ready.portal.result().close()
+        self._thread.join()
+        if self._death is not None:
+            raise self._death
+
+    def abort(self) -> None:
+        """Let the current job end, fail the rest, join."""
+        if self._token is not None:
+            try:
+                self._token.run_sync_soon(self._scope.cancel)
+            except trio.RunFinishedError:
+                pass
+        self._thread.join()
+
+    def _main(self) -> None:
+        try:
+            trio.run(self._run)
+        except BaseException as error:
+            self._death = error
+            if not self._ready.portal.done():
+                self._ready.portal.set_exception(error)
+
+    async def _run(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        with self._scope:
+            await self._engine.run(task_status=self._ready)

@@ -1,0 +1,306 @@
+"""The values a caller builds: tokens, tensors, datums and parameters. Frozen, numpy only.
+
+Names, fields and defaults are those of the Tinker SDK, so that scripts written for it run unchanged. Values
+of the official ``tinker`` package are taken by duck typing (``convert.py``).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+import numpy as np
+
+from tickwork.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    import torch
+
+TensorDtype = Literal["float32", "int64"]
+StopReason = Literal["stop", "length"]
+
+# Which dtype a plain Python list gets, by the name of the loss input it is given for.
+LIST_DTYPES: Mapping[str, TensorDtype] = {
+    "target_tokens": "int64",
+    "weights": "float32",
+    "advantages": "float32",
+    "logprobs": "float32",
+    "clip_low_threshold": "float32",
+    "clip_high_threshold": "float32",
+    "sequence_ratio_mask": "float32",
+}
+
+
+@attrs.frozen(eq=False, init=False)
+class TensorData:
+    """A tensor of float32 or int64 values, dense or in compressed sparse rows.
+
+    Args:
+        data: the values, flat and in row-major order; copied.
+        dtype: ``"float32"`` or ``"int64"``.
+        shape: the dense shape; None for a vector of ``len(data)``.
+        sparse_crow_indices: row starts of a 2-D CSR tensor, ``rows + 1`` of them; cells not listed are 0.
+        sparse_col_indices: column of each listed value.
+
+    Raises:
+        InvalidRequestError: unknown dtype, or a shape that the number of values does not fill.
+    """
+
+    _values: np.ndarray
+    dtype: TensorDtype
+    shape: tuple[int, ...]
+    sparse_crow_indices: tuple[int, ...] | None
+    sparse_col_indices: tuple[int, ...] | None
+
+    def __init__(
+        self,
+        data: Sequence[float] | np.ndarray,
+        dtype: TensorDtype,
+        shape: Sequence[int] | None = None,
+        sparse_crow_indices: Sequence[int] | None = None,
+        sparse_col_indices: Sequence[int] | None = None,
+    ) -> None:
+        if dtype not in ("float32", "int64"):
+            raise InvalidRequestError(f"dtype {dtype!r} is not one of 'float32', 'int64'", field="dtype")
+        values = np.array(data, dtype=dtype).reshape(-1)
+        values.setflags(write=False)
+        dims = tuple(int(n) for n in shape) if shape is not None else (values.size,)
+        crow = None if sparse_crow_indices is None else tuple(int(i) for i in sparse_crow_indices)
+        col = None if sparse_col_indices is None else tuple(int(i) for i in sparse_col_indices)
+        _check_layout(values, dims, crow, col)
+        self.__attrs_init__(values, dtype, dims, crow, col)  # type: ignore[attr-defined]
+
+    @property
+    def data(self) -> list[float] | list[int]:
+        """The listed values, flat."""
+        return self._values.tolist()
+
+    def to_numpy(self) -> np.ndarray:
+        """Return the dense array, of ``shape`` and ``dtype``; read-only unless it was sparse."""
+        if self.sparse_crow_indices is None or self.sparse_col_indices is None:
+            return self._values.reshape(self.shape)
+        dense = np.zeros(self.shape, dtype=self.dtype)
+        rows = np.repeat(np.arange(self.shape[0]), np.diff(self.sparse_crow_indices))
+        dense[rows, list(self.sparse_col_indices)] = self._values
+        return dense
+
+    def to_torch(self) -> torch.Tensor:
+        """Return the dense tensor, a copy."""
+        import torch  # noqa: PLC0415  only callers that use torch pay for its import
+
+        return torch.from_numpy(self.to_numpy().copy())
+
+    def tolist(self) -> list[Any]:
+        """Return the dense tensor as nested lists."""
+        return self.to_numpy().tolist()
+
+    @classmethod
+    def from_numpy(cls, array: np.ndarray) -> TensorData:
+        """Copy a numpy array: floats become float32, signed integers int64; other kinds are refused."""
+        kind = np.asarray(array).dtype.kind
+        if kind not in "fi":
+            raise InvalidRequestError(f"numpy dtype {array.dtype} is neither float nor signed integer", field="dtype")
+        return cls(array, "float32" if kind == "f" else "int64", array.shape)
+
+    @classmethod
+    def from_torch(cls, tensor: torch.Tensor) -> TensorData:
+        """Copy a torch tensor; bfloat16 and float16 are widened, a tensor that requires grad is refused."""
+        if tensor.requires_grad:
+            raise InvalidRequestError("the tensor requires grad: pass tensor.detach()", field="tensor")
+        wide = tensor.float() if tensor.is_floating_point() else tensor
+        return cls.from_numpy(wide.cpu().numpy())
+
+
+def _check_layout(
+    values: np.ndarray, shape: tuple[int, ...], crow: tuple[int, ...] | None, col: tuple[int, ...] | None
+) -> None:
+    if (crow is None) != (col is None):
+        raise InvalidRequestError("sparse_crow_indices and sparse_col_indices go together", field="sparse_crow_indices")
+    if crow is None or col is None:
+        if int(np.prod(shape)) != values.size:
+            raise InvalidRequestError(f"shape {list(shape)} does not hold {values.size} values", field="shape")
+        return
+    good = len(shape) == 2 and len(crow) == shape[0] + 1 and len(col) == values.size == crow[-1] and crow[0] == 0
+    if not good or any(a > b for a, b in zip(crow, crow[1:], strict=False)):
+        raise InvalidRequestError("the row starts do not describe a 2-D CSR tensor", field="sparse_crow_indices")
+    if any(not 0 <= i < shape[1] for i in col):
+        raise InvalidRequestError(f"a column lies outside 0..{shape[1] - 1}", field="sparse_col_indices")
+
+
+@attrs.frozen
+class EncodedTextChunk:
+    """A run of token ids."""
+
+    tokens: tuple[int, ...] = attrs.field(converter=lambda ids: tuple(operator.index(i) for i in ids))
+    type: Literal["encoded_text"] = "encoded_text"
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
+
+
+ModelInputChunk = EncodedTextChunk
+
+
+@attrs.frozen
+class ModelInput:
+    """One sequence of tokens, as chunks that are read one after the other."""
+
+    chunks: tuple[EncodedTextChunk, ...] = attrs.field(default=(), converter=tuple)
+
+    @classmethod
+    def from_ints(cls, tokens: Iterable[int]) -> ModelInput:
+        """Build from token ids."""
+        return cls((EncodedTextChunk(tokens),))
+
+    @classmethod
+    def empty(cls) -> ModelInput:
+        """Build the sequence of no tokens."""
+        return cls()
+
+    def to_ints(self) -> list[int]:
+        """Return all token ids."""
+        return [token for chunk in self.chunks for token in chunk.tokens]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return sum(chunk.length for chunk in self.chunks)
+
+    def append(self, chunk: EncodedTextChunk) -> ModelInput:
+        """Return a new sequence with ``chunk`` at the end."""
+        return ModelInput((*self.chunks, chunk))
+
+    def append_int(self, token: int) -> ModelInput:
+        """Return a new sequence with one token at the end."""
+        return self.append(EncodedTextChunk((token,)))
+
+
+def as_tensor_data(value: Any, key: str) -> TensorData:  # noqa: PLR0911  one return per accepted kind
+    """Turn a tensor, array, list or the SDK's TensorData into ours.
+
+    Args:
+        value: what the caller gave.
+        key: the loss input's name; a plain list takes its dtype from it.
+
+    Raises:
+        InvalidRequestError: a kind, dtype or shape that is not allowed, naming ``key``.
+    """
+    field = f"loss_fn_inputs[{key!r}]"
+    try:
+        if isinstance(value, TensorData):
+            return value
+        if hasattr(value, "sparse_crow_indices"):
+            return TensorData(value.data, value.dtype, value.shape, value.sparse_crow_indices, value.sparse_col_indices)
+        if hasattr(value, "detach"):
+            return TensorData.from_torch(value)
+        if isinstance(value, np.ndarray):
+            return TensorData.from_numpy(value)
+        if isinstance(value, list | tuple):
+            return _from_list(value, key)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(str(error), field=field) from None
+    except (ValueError, TypeError) as error:
+        raise InvalidRequestError(f"not a rectangular list of numbers ({error})", field=field) from None
+    raise InvalidRequestError(
+        f"{type(value).__name__} is not a TensorData, torch tensor, numpy array or list", field=field
+    )
+
+
+def _from_list(value: Sequence[Any], key: str) -> TensorData:
+    if key not in LIST_DTYPES:
+        raise InvalidRequestError("a plain list has no dtype under this name: pass a TensorData or an array")
+    array = np.asarray(value)
+    if LIST_DTYPES[key] == "int64" and array.size and array.dtype.kind not in "iu":
+        raise InvalidRequestError(f"expects integers, got {array.dtype}")
+    return TensorData(array, LIST_DTYPES[key], array.shape)
+
+
+def _coerce_inputs(inputs: Mapping[str, Any]) -> dict[str, TensorData]:
+    return {key: as_tensor_data(value, key) for key, value in inputs.items()}
+
+
+@attrs.frozen
+class Datum:
+    """One training sequence and the loss inputs that belong to it.
+
+    Args:
+        model_input: N tokens. Position i predicts ``target_tokens[i]``: the caller shifts, Tickwork never does.
+        loss_fn_inputs: name -> values, of shape ``(N,)`` or ``(N, K)``; lists, arrays and tensors are converted.
+    """
+
+    model_input: ModelInput
+    loss_fn_inputs: dict[str, TensorData] = attrs.field(factory=dict, converter=_coerce_inputs)
+
+
+@attrs.frozen
+class AdamParams:
+    """Hyper-parameters of one AdamW step, with Tinker's defaults.
+
+    Args:
+        learning_rate: step size, >= 0.
+        beta1: decay of the first moment, in [0, 1).
+        beta2: decay of the second moment, in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: decoupled decay per step, times the learning rate, >= 0.
+        grad_clip_norm: greatest allowed global gradient norm; 0 turns clipping off.
+    """
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+@attrs.frozen
+class AdamOptimizerConfig:
+    """The choice of AdamW at a model's creation; the only optimizer Tickwork has."""
+
+    type: Literal["adamw"] = "adamw"
+
+
+@attrs.frozen
+class LoraConfig:
+    """The shape of an adapter: ``W' = W + (32 / rank) * B @ A``.
+
+    Args:
+        rank: rows of A, >= 1.
+        seed: seed of A's initial values; None draws one, which ``get_info`` and checkpoints record.
+        train_unembed: adapt the head.
+        train_mlp: adapt the feed-forward projections.
+        train_attn: adapt the attention projections.
+    """
+
+    rank: int = 32
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+@attrs.frozen
+class SamplingParams:
+    """How to draw tokens.
+
+    Args:
+        max_tokens: greatest number of new tokens, >= 1; None fills the model's context.
+        seed: same seed, same tokens, whatever else is in the batch; None draws a new one.
+        stop: None stops at the model's end-of-sequence tokens; a string, a list of strings (found also across
+            token borders) or a list of token ids stops there instead; ``[]`` never stops early. What stopped a
+            sequence is part of its tokens.
+        temperature: 0 is greedy; logprobs are those of the distribution divided by it (of the plain one at 0).
+        top_k: keep the k most likely tokens; -1 keeps all.
+        top_p: keep the most likely tokens whose mass reaches p, in (0, 1].
+    """
+
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | Sequence[int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
