@@ -1,11 +1,11 @@
 """Logprobs of target tokens under a linear head, and gradients for any per-token upstream, in two GEMMs.
 
 The full ``[tokens, vocab]`` logits never exist: rows go through in chunks of a fixed size, so that memory is
-bounded and a token's chunk does not depend on how many tokens follow it. With ``z`` the logits of a row, ``p`` their softmax,
-targets ``y_k`` and upstream gradients ``g_k``: ``d z = sum_k g_k (onehot(y_k) - p)``, hence one GEMM for ``z``
-and one for ``d hidden = d z @ weight``, whatever the loss. Where the gradient is a function of the logprob (``linear_token_loss``)
-both run while the chunk is at hand; where it comes later (``TargetLogprobs``) the exponentials are
-kept within a byte budget and computed again beyond it.
+bounded. With ``z`` the logits of a row, ``p`` their softmax, targets ``y_k`` and upstream gradients ``g_k``:
+``d z = sum_k g_k (onehot(y_k) - p)``, hence one GEMM for ``z`` and one for ``d hidden = d z @ weight``, whatever
+the loss. Where the gradient is a function of the logprob (``linear_token_loss``) both run while the chunk is at
+hand; where it comes later (``TargetLogprobs``) the exponentials are kept within a byte budget and computed
+again beyond it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def linear_token_loss(
 ) -> tuple[torch.Tensor, HeadGradients]:
     """Logprobs and gradients of an elementwise loss in one sweep over the head.
 
-    Semantics: ``logp = head_logits(hidden).log_softmax(-1).gather(1, targets)``, then ``logp.backward(gradient(logp))``.
+    Semantics: ``logp = head_logits(hidden).log_softmax(-1).gather(1, targets); logp.backward(gradient(logp))``.
 
     Args:
         hidden: ``[N, D]`` in the weight's dtype.

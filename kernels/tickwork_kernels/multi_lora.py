@@ -41,7 +41,9 @@ def multi_lora(x: torch.Tensor, y: torch.Tensor, segments: Sequence[LoraSegment]
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
-    parts = [_segment(x[s.start : s.stop], y[s.start : s.stop], s) for s in segments]
+    # Split rather than slice: the backward of a slice fills a tensor of the whole batch with zeros.
+    sizes = [segment.stop - segment.start for segment in segments]
+    parts = [_segment(*part) for part in zip(x.split(sizes), y.split(sizes), segments, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -291,7 +291,7 @@ def sync(path: Path) -> None:
 def remove(folder: Path) -> None:
     """Delete a folder so that it never shows half deleted: first its name goes, then its files."""
     doomed = folder.with_name(f".gone-{uuid.uuid4().hex}")
-    os.rename(folder, doomed)
+    os.replace(folder, doomed)
     shutil.rmtree(doomed)
 
 

@@ -166,12 +166,16 @@ async def _wait_trio(inner: Inner[Any], timeout: float | None) -> None:
 
 
 async def _wait_asyncio(inner: Inner[Any], timeout: float | None) -> None:
-    settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     loop = asyncio.get_running_loop()
+    settled: asyncio.Future[None] = loop.create_future()
+
+    def settle() -> None:
+        if not settled.done():
+            settled.set_result(None)
 
     def wake(_: object) -> None:
         try:
-            loop.call_soon_threadsafe(lambda: settled.done() or settled.set_result(None))
+            loop.call_soon_threadsafe(settle)
         except RuntimeError:
             pass  # the waiter's loop was closed before the result came
 

@@ -78,7 +78,7 @@ class GetInfoResponse:
     is_lora: bool = True
     lora_rank: int | None = None
     seed: int | None = None
-    optimizer_config: AdamOptimizerConfig = AdamOptimizerConfig()
+    optimizer_config: AdamOptimizerConfig = attrs.Factory(AdamOptimizerConfig)
 
 
 @attrs.frozen
@@ -144,7 +144,7 @@ class WeightsInfoResponse:
     train_mlp: bool
     train_attn: bool
     is_lora: bool = True
-    optimizer_config: AdamOptimizerConfig = AdamOptimizerConfig()
+    optimizer_config: AdamOptimizerConfig = attrs.Factory(AdamOptimizerConfig)
 
 
 @attrs.frozen

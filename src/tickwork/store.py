@@ -5,7 +5,6 @@ A checkpoint is written to a temporary folder, synced and renamed: a name either
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import uuid
@@ -104,7 +103,7 @@ class Store:
         with self.catalogue.lock:
             if target.exists():
                 remove(target)
-            os.rename(temporary, target)
+            os.replace(temporary, target)
         sync(target.parent)
         return meta.path
 

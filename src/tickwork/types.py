@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import attrs
 import numpy as np
@@ -70,12 +71,13 @@ class TensorData:
         crow = None if sparse_crow_indices is None else tuple(int(i) for i in sparse_crow_indices)
         col = None if sparse_col_indices is None else tuple(int(i) for i in sparse_col_indices)
         _check_layout(values, dims, crow, col)
-        self.__attrs_init__(values, dtype, dims, crow, col)  # type: ignore[attr-defined]
+        self.__attrs_init__(values, dtype, dims, crow, col)
 
     @property
     def data(self) -> list[float] | list[int]:
         """The listed values, flat."""
-        return self._values.tolist()
+        values: list[float] | list[int] = self._values.tolist()
+        return values
 
     def to_numpy(self) -> np.ndarray:
         """Return the dense array, of ``shape`` and ``dtype``; read-only unless it was sparse."""
@@ -94,7 +96,8 @@ class TensorData:
 
     def tolist(self) -> list[Any]:
         """Return the dense tensor as nested lists."""
-        return self.to_numpy().tolist()
+        nested: list[Any] = self.to_numpy().tolist()
+        return nested
 
     @classmethod
     def from_numpy(cls, array: np.ndarray) -> TensorData:
@@ -123,17 +126,25 @@ def _check_layout(
             raise InvalidRequestError(f"shape {list(shape)} does not hold {values.size} values", field="shape")
         return
     good = len(shape) == 2 and len(crow) == shape[0] + 1 and len(col) == values.size == crow[-1] and crow[0] == 0
-    if not good or any(a > b for a, b in zip(crow, crow[1:], strict=False)):
+    if not good or any(a > b for a, b in pairwise(crow)):
         raise InvalidRequestError("the row starts do not describe a 2-D CSR tensor", field="sparse_crow_indices")
     if any(not 0 <= i < shape[1] for i in col):
         raise InvalidRequestError(f"a column lies outside 0..{shape[1] - 1}", field="sparse_col_indices")
+
+
+def _ids(tokens: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    return tuple(operator.index(token) for token in tokens)
+
+
+def _chunks(chunks: Iterable[EncodedTextChunk]) -> tuple[EncodedTextChunk, ...]:
+    return tuple(chunks)
 
 
 @attrs.frozen
 class EncodedTextChunk:
     """A run of token ids."""
 
-    tokens: tuple[int, ...] = attrs.field(converter=lambda ids: tuple(operator.index(i) for i in ids))
+    tokens: tuple[int, ...] = attrs.field(converter=_ids)
     type: Literal["encoded_text"] = "encoded_text"
 
     @property
@@ -149,7 +160,7 @@ ModelInputChunk = EncodedTextChunk
 class ModelInput:
     """One sequence of tokens, as chunks that are read one after the other."""
 
-    chunks: tuple[EncodedTextChunk, ...] = attrs.field(default=(), converter=tuple)
+    chunks: tuple[EncodedTextChunk, ...] = attrs.field(default=(), converter=_chunks)
 
     @classmethod
     def from_ints(cls, tokens: Iterable[int]) -> ModelInput:
@@ -179,7 +190,7 @@ class ModelInput:
         return self.append(EncodedTextChunk((token,)))
 
 
-def as_tensor_data(value: Any, key: str) -> TensorData:  # noqa: PLR0911  one return per accepted kind
+def as_tensor_data(value: Any, key: str) -> TensorData:
     """Turn a tensor, array, list or the SDK's TensorData into ours.
 
     Args:

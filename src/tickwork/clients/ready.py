@@ -10,8 +10,9 @@ from tickwork.futures import Future
 
 
 class Ready:
-    """Base of the clients that ``create_*`` returns, so that scripts of all SDK generations work:
-    ``client = create()``, ``client = create().result()``, ``client = await create()``.
+    """Base of the clients that ``create_*`` returns, so that scripts of all SDK generations work.
+
+    They write ``client = create()``, ``client = create().result()`` or ``client = await create()``.
     """
 
     def __init__(self, host: Host, ready: Future[Any]) -> None:

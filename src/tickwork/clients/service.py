@@ -63,8 +63,8 @@ class ServiceClient:
     ) -> None:
         catalogue = Catalogue(store)
         engine = make_engine(catalogue, device, dtype, cycle_period, max_tokens_per_pass)
-        self._host = Host(engine, catalogue, user_metadata)
-        atexit.register(_at_exit, weakref.ref(self._host))
+        self.host = Host(engine, catalogue, user_metadata)
+        atexit.register(_at_exit, weakref.ref(self.host))
 
     def create_lora_training_client(
         self,
@@ -156,7 +156,7 @@ class ServiceClient:
     def create_sampling_client(self, model_path: str | None = None, base_model: str | None = None) -> SamplingClient:
         """Return a client that samples from a checkpoint, or from a bare base model."""
         sampler_request("", model_path, base_model)  # a call with neither is wrong at once
-        return open_sampler(self._host, model_path, base_model)
+        return open_sampler(self.host, model_path, base_model)
 
     async def create_sampling_client_async(
         self, model_path: str | None = None, base_model: str | None = None
@@ -166,7 +166,7 @@ class ServiceClient:
 
     def create_rest_client(self) -> RestClient:
         """Return a client for the runs and checkpoints of this service's store."""
-        return RestClient(self._host)
+        return RestClient(self.host)
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
         """Return the base models that need no network."""
@@ -178,7 +178,7 @@ class ServiceClient:
 
     def statistics(self) -> EngineStatistics:
         """Return the engine's counters."""
-        return self._host.statistics()
+        return self.host.statistics()
 
     def close(self, status: Literal["success", "errored", "interrupted"] = "success") -> Future[None]:
         """End the engine and wait for it; the future it returns is done.
@@ -189,7 +189,7 @@ class ServiceClient:
         Raises:
             Exception: what the engine died of.
         """
-        self._host.close(abort=status != "success")
+        self.host.close(abort=status != "success")
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -198,13 +198,13 @@ class ServiceClient:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # fmt: skip  # noqa: E501
-        self._host.close(abort=error is not None)
+        self.host.close(abort=error is not None)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # fmt: skip  # noqa: E501
-        await _in_worker(partial(self._host.close, abort=error is not None))
+        await _in_worker(partial(self.host.close, abort=error is not None))
 
     def _training(
         self,
@@ -215,17 +215,17 @@ class ServiceClient:
         user_metadata: Metadata,
         optimizer: AdamOptimizerConfig | None,
     ) -> TrainingClient:
-        model_id = self._host.next_id("train")
+        model_id = self.host.next_id("train")
 
         def build() -> Request:
             if getattr(optimizer, "type", "adamw") != "adamw":
                 raise InvalidRequestError("only 'adamw' is offered", field="optimizer.type")
             if path is not None:
                 ParsedCheckpointTinkerPath.from_tinker_path(path)
-            metadata = {**self._host.user_metadata, **(user_metadata or {})}
+            metadata = {**self.host.user_metadata, **(user_metadata or {})}
             return Request("step", model_id, CreateModel(model_id, base_model, lora, path, with_optimizer, metadata))
 
-        return TrainingClient(self._host, model_id, self._host.submit(build))
+        return TrainingClient(self.host, model_id, self.host.submit(build))
 
 
 @asynccontextmanager
@@ -243,7 +243,7 @@ async def open_service(
     Leaving normally drains what was accepted. An error in the body, or the engine's death, cancels the other.
     """
     service = ServiceClient(user_metadata, store=store, device=device, dtype=dtype, cycle_period=cycle_period, max_tokens_per_pass=max_tokens_per_pass)  # fmt: skip  # noqa: E501
-    async with hosted(service._host):
+    async with hosted(service.host):
         yield service
 
 

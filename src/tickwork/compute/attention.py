@@ -1,4 +1,4 @@
-"""Attention over packed rows, registered with transformers as ``tickwork``.
+"""Attention over packed rows, as an attention implementation of transformers.
 
 transformers hands the keyword arguments of the model's call down to every attention layer; ours is ``packed``.
 Rows of one block attend in one call, as a rectangle; a row that continues a cached sequence attends to its slot.
@@ -65,15 +65,19 @@ def packed_attention(
     if packed is None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("packed attention needs packed rows and has no attention sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, heads, head_dim]
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # [T, heads, head_dim]
     layer = int(getattr(module, "layer_idx", 0))
     if packed.pool is not None and packed.slots is not None:
         packed.pool.append(layer, k, v, packed.slots, packed.positions[0])
+    # Split rather than slice: the backward of a slice fills a tensor of the whole batch with zeros.
+    sizes = [block.stop - block.start for block in packed.blocks]
     parts = [
-        _fresh(q, k, v, block, scale, sliding_window, softcap)
+        _fresh(own_q, own_k, own_v, block, scale, sliding_window, softcap)
         if block.slots is None
-        else _cached(q, packed, layer, block, scale, sliding_window, softcap)
-        for block in packed.blocks
+        else _cached(own_q, packed, layer, block, scale, sliding_window, softcap)
+        for own_q, own_k, own_v, block in zip(
+            q.split(sizes), k.split(sizes), v.split(sizes), packed.blocks, strict=True
+        )
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
@@ -81,14 +85,17 @@ def packed_attention(
 def _fresh(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block, scale: float, window: int | None, cap: float | None
 ) -> torch.Tensor:
-    square = [_rectangle(t[block.start : block.stop], block) for t in (q, k, v)]
+    square = [_rectangle(t, block) for t in (q, k, v)]
     mask = None
     if window is not None and window < block.length:
         where = torch.arange(block.length, device=q.device)
         mask = _visible(where[:, None], where[None, :], window)
     out = _attend(square[0], square[1], square[2], scale, mask, cap)
     flat = out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[3])
-    return flat if block.places is None else _Gather.apply(flat, block.places)
+    if block.places is None:
+        return flat
+    rows: torch.Tensor = _Gather.apply(flat, block.places)  # type: ignore[no-untyped-call]
+    return rows
 
 
 def _rectangle(x: torch.Tensor, block: Block) -> torch.Tensor:
@@ -101,15 +108,16 @@ def _rectangle(x: torch.Tensor, block: Block) -> torch.Tensor:
 def _cached(
     q: torch.Tensor, packed: Packed, layer: int, block: Block, scale: float, window: int | None, cap: float | None
 ) -> torch.Tensor:
-    assert packed.pool is not None and block.slots is not None and block.ends is not None
+    assert packed.pool is not None
+    assert block.ends is not None
     pool = packed.pool
     keys, values = (store[layer][:, :, : block.longest][block.slots] for store in (pool.keys, pool.values))
     here = torch.arange(block.longest, device=q.device)
     if block.length == 1:
-        query = q[block.start : block.stop, :, None]
+        query = q[:, :, None]
         mask = _visible(block.ends[:, None] - 1, here[None, :], window)[:, None, None]
     else:
-        query = q[block.start : block.stop].transpose(0, 1)[None]
+        query = q.transpose(0, 1)[None]
         mask = _visible(block.offset + torch.arange(block.length, device=q.device)[:, None], here[None, :], window)
     out = _attend(query, keys, values, scale, mask, cap)
     return out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[3])
@@ -139,5 +147,8 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """The rows say what a token sees, so that no ``[T, T]`` mask is ever built."""
 
 
-AttentionInterface.register("tickwork", packed_attention)
-AttentionMaskInterface.register("tickwork", _no_mask)
+def register() -> str:
+    """Make the attention known to transformers and return the name that ``set_attn_implementation`` takes."""
+    AttentionInterface.register("tickwork", packed_attention)
+    AttentionMaskInterface.register("tickwork", _no_mask)
+    return "tickwork"

@@ -41,7 +41,7 @@ def _keep(probs: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """Zero what top-k and top-p leave out; ties go to the lower token id."""
     if recipe.top_k < 0 and recipe.top_p >= 1.0:
         return probs
-    ordered, order = probs.sort(-1, descending=True, stable=True)
+    ordered, order = probs.sort(stable=True, dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered
     kept = before < recipe.top_p * ordered.sum(-1, keepdim=True)
     kept[:, 0] = True

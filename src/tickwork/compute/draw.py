@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Collection
+from typing import Any
 
 import attrs
 import numpy as np
@@ -204,15 +205,15 @@ def _whole(value: object, low: int) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= low
 
 
-def _real(value: object, low: float) -> bool:
-    return isinstance(value, int | float | np.floating) and math.isfinite(value) and value >= low
+def _real(value: Any, low: float) -> bool:
+    return isinstance(value, int | float | np.floating) and math.isfinite(value) and bool(value >= low)
 
 
 def _stop_rule(params: SamplingParams, vocab_size: int, stop_ids: Collection[int], decode: Decode) -> StopRule:
     stop = params.stop
     if stop is None:
         return StopRule(ids=stop_ids)
-    items = [stop] if isinstance(stop, str) else list(stop)
+    items: list[Any] = [stop] if isinstance(stop, str) else list(stop)
     if all(isinstance(item, str) and item for item in items):
         return StopRule(strings=tuple(str(item) for item in items), decode=decode)
     if all(_whole(item, 0) and int(item) < vocab_size for item in items):

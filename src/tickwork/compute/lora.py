@@ -136,7 +136,6 @@ def install(model: Any, current: Mapping[str, Packed]) -> dict[str, tuple[int, i
     return shapes
 
 
-def _features(module: torch.nn.Module) -> tuple[int, int]:
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
-    return int(module.weight.shape[1]), int(module.weight.shape[0])
+def _features(module: Any) -> tuple[int, int]:
+    rows, columns = module.weight.shape
+    return (int(rows), int(columns)) if isinstance(module, Conv1D) else (int(columns), int(rows))

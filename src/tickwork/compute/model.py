@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
-from tickwork.compute import attention
+from tickwork.compute.attention import register
 from tickwork.compute.cache import KVPool
 from tickwork.compute.lora import Adapter, install
 from tickwork.compute.rows import Packed, Row, pack
@@ -48,7 +48,7 @@ class BaseModel:
         self.head = _head(model, config)
         expected = _plain_logits(model, self._probe())
         self.shapes = install(model, self._current)
-        model.set_attn_implementation("tickwork")
+        model.set_attn_implementation(register())
         self._body = model.base_model
         self._check(expected)
 
@@ -70,7 +70,7 @@ class BaseModel:
             ).last_hidden_state
         finally:
             del self._current["packed"]
-        return states[0]
+        return states.squeeze(0)
 
     def _probe(self) -> list[torch.Tensor]:
         """Two short rows of different tokens and lengths."""
@@ -137,7 +137,7 @@ def _head(model: Any, config: Any) -> Head:
 
 
 def _stop_ids(model: Any) -> frozenset[int]:
-    for config in (model.generation_config or GenerationConfig(), model.config):
+    for config in (model.generation_config, model.config):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
             return frozenset([ids] if isinstance(ids, int) else ids)
@@ -147,6 +147,3 @@ def _stop_ids(model: Any) -> frozenset[int]:
 @torch.no_grad()
 def _plain_logits(model: Any, rows: list[torch.Tensor]) -> list[torch.Tensor]:
     return [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in rows]
-
-
-assert attention.packed_attention  # registers the attention function that set_attn_implementation names

@@ -14,7 +14,7 @@ from tickwork.compute.choose import choose
 from tickwork.compute.draw import Draw, Strand, open_draw, rank
 from tickwork.compute.lora import Adapter
 from tickwork.compute.model import BaseModel
-from tickwork.compute.rows import Packed, Row, pack
+from tickwork.compute.rows import Row, pack
 from tickwork.engine.request import Outcome, Request
 from tickwork.errors import CapacityError, RequestCancelledError
 from tickwork.models import load_tokenizer
@@ -147,7 +147,7 @@ class Sampler:
                 ready += [(draw, each) for each in fresh]
                 places += [stop - 1] * len(fresh)
         if ready:
-            self._draw(ready, places, hidden, packed)
+            self._draw(ready, places, hidden)
 
     def _work(self) -> Iterator[tuple[Draw, Strand | None, Row]]:
         """Yield the rows of one forward: a token for each sequence, then as much of the prompts as fits."""
@@ -195,7 +195,7 @@ class Sampler:
             for index, ranked in enumerate(rank(logp, draw.payload.topk_prompt_logprobs)):
                 draw.ranked[begin + at + index] = ranked
 
-    def _draw(self, ready: list[tuple[Draw, Strand]], places: list[int], hidden: torch.Tensor, packed: Packed) -> None:
+    def _draw(self, ready: list[tuple[Draw, Strand]], places: list[int], hidden: torch.Tensor) -> None:
         """Draw the next token of each ready sequence; those with equal adapter and settings together."""
         groups: dict[object, list[int]] = defaultdict(list)
         for index, (draw, _) in enumerate(ready):

@@ -9,8 +9,8 @@ import attrs
 import torch
 
 from tickwork.catalogue import Catalogue, Meta, Run
-from tickwork.compute.losses import check
 from tickwork.compute.lora import Adapter
+from tickwork.compute.losses import check
 from tickwork.compute.model import DTYPES, BaseModel
 from tickwork.compute.optimizer import Trainable
 from tickwork.compute.passes import Progress, run_pass
@@ -88,9 +88,9 @@ class Device:
             one outcome for each request that finished.
         """
         outcomes = self._run_passes(stage.passes, cycle)
-        outcomes += [_outcome(request, lambda r=request: self._step(r)) for request in stage.steps]
+        outcomes += [_outcome(request, self._step) for request in stage.steps]
         for request in stage.samples:
-            refusal = _outcome(request, lambda r=request: self._admit(r))
+            refusal = _outcome(request, self._admit)
             outcomes += [refusal] if refusal.error else []
         if stage.decode:
             outcomes += self._decode(stage.decode, nudged)
@@ -225,9 +225,9 @@ class Device:
         self._samplers[name].admit(request, weights.adapter)
 
 
-def _outcome(request: Request, act: Callable[[], object]) -> Outcome:
+def _outcome(request: Request, act: Callable[[Request], object]) -> Outcome:
     try:
-        return Outcome(request, value=act())
+        return Outcome(request, value=act(request))
     except RequestFailedError as error:
         return Outcome(request, error=error)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Protocol
 
 import attrs
 import trio
@@ -19,6 +20,13 @@ from tickwork.futures import no_blocking
 
 # The shortest turn of decoding between two cycles, in seconds.
 DECODE_SLICE = 0.05
+
+
+class Started(Protocol):
+    """What is told that the engine is up: a ``trio.TaskStatus``, or whoever starts it otherwise."""
+
+    def started(self, value: Portal, /) -> None:
+        """Take the portal."""
 
 
 @attrs.frozen
@@ -100,7 +108,7 @@ class Engine:
         self._portal: Portal | None = None
         self._now: Callable[[], float] = lambda: 0.0
 
-    async def run(self, *, task_status: trio.TaskStatus[Portal] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: Started = trio.TASK_STATUS_IGNORED) -> None:
         """Run until the portal is closed and everything accepted is settled.
 
         Room: any Trio task; start it with ``nursery.start``, which returns the portal.

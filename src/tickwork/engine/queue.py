@@ -20,7 +20,7 @@ class Queue:
     callbacks must never raise.
     """
 
-    def __init__(self, arrived: Callable[[Request], object] = lambda request: None) -> None:
+    def __init__(self, arrived: Callable[[Request], object] = lambda _: None) -> None:
         self._arrived = arrived
         self.pending: list[Request] = []
         self.tokens = 0

@@ -1,0 +1,81 @@
+"""The models and batches that the benchmarks share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+
+from tickwork.models import locate
+from tickwork.types import Datum, ModelInput
+
+RANK = 16
+
+
+@attrs.frozen
+class Workload:
+    """A base model and one batch.
+
+    Args:
+        name: what the tables call it.
+        model: folder of the base model.
+        rows: token ids of each row, one longer than the model input.
+        prompts: tokens of each row that carry no loss.
+    """
+
+    name: str
+    model: str
+    rows: list[np.ndarray]
+    prompts: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model."""
+        return sum(len(row) - 1 for row in self.rows)
+
+    def data(self) -> list[Datum]:
+        """Return the batch for cross_entropy."""
+        return [
+            Datum(
+                ModelInput.from_ints(row[:-1].tolist()),
+                {
+                    "target_tokens": row[1:],
+                    "weights": (np.arange(1, len(row)) >= prompt).astype(np.float32),
+                },
+            )
+            for row, prompt in zip(self.rows, self.prompts, strict=True)
+        ]
+
+
+def tiny(lengths: str) -> Workload:
+    """The shipped model: 64 rows, of 24 tokens or of 16 to 40, the first 12 a prompt."""
+    rows = _rows(64, (24, 24) if lengths == "equal" else (16, 40), 256)
+    return Workload(f"tiny 2M, 64 {lengths} rows", locate("tickwork/tiny"), rows, [12] * len(rows))
+
+
+def qwen40m(lengths: str, folder: Path) -> Workload:
+    """A random 41M-parameter Qwen3: 8 rows, of 128 tokens or of 64 to 192, the first 32 a prompt."""
+    rows = _rows(8, (128, 128) if lengths == "equal" else (64, 192), 32000)
+    return Workload(f"random 41M, 8 {lengths} rows", str(make_qwen40m(folder)), rows, [32] * len(rows))
+
+
+def _rows(count: int, lengths: tuple[int, int], vocab: int) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    sizes = np.linspace(lengths[0], lengths[1], count).astype(int)
+    return [random.integers(0, vocab, size + 1) for size in random.permutation(sizes)]
+
+
+def make_qwen40m(folder: Path) -> Path:
+    """Write the random model's folder and return it."""
+    import torch  # noqa: PLC0415
+    from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: PLC0415
+
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        settings: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+        config = Qwen3Config(vocab_size=32000, tie_word_embeddings=True, max_position_embeddings=2048, **settings, **heads)
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
