@@ -76,6 +76,8 @@ def make_qwen40m(folder: Path) -> Path:
         torch.manual_seed(0)
         settings: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
         heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-        config = Qwen3Config(vocab_size=32000, tie_word_embeddings=True, max_position_embeddings=2048, **settings, **heads)
+        config = Qwen3Config(
+            vocab_size=32000, tie_word_embeddings=True, max_position_embeddings=2048, **settings, **heads
+        )
         Qwen3ForCausalLM(config).save_pretrained(folder)
     return folder

@@ -178,8 +178,17 @@ def _forward(hidden: torch.Tensor, targets: torch.Tensor, head: Head, lora: Lora
     wanted = logits.gather(1, targets)
     peak = logits.amax(1, keepdim=True)
     exponentials = logits.sub_(peak).exp_()
-    total = exponentials.sum(1)
+    total = _sum(exponentials, targets)
     return wanted - peak - total.log()[:, None], _Chunk(exponentials, total, slope)
+
+
+def _sum(exponentials: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Row sums, the likeliest target added last: the 1 of a confident token would swallow the tail's small terms."""
+    likely, which = exponentials.gather(1, targets).max(1, keepdim=True)
+    place = targets.gather(1, which)
+    total = exponentials.scatter_(1, place, 0.0).sum(1, keepdim=True) + likely
+    exponentials.scatter_(1, place, likely)
+    return total[:, 0]
 
 
 def _backward(

@@ -2,10 +2,12 @@
 
 from importlib.metadata import version
 
+from tickwork.clients.nursery import open_service
+
 # What you train and sample with.
 from tickwork.clients.rest import RestClient
 from tickwork.clients.sampling import SamplingClient
-from tickwork.clients.service import ServiceClient, open_service
+from tickwork.clients.service import ServiceClient
 from tickwork.clients.training import TrainingClient
 
 # What goes wrong.
@@ -45,6 +47,7 @@ from tickwork.results import (
 )
 
 # What you hand over.
+from tickwork.tensors import TensorData, TensorDtype
 from tickwork.types import (
     AdamOptimizerConfig,
     AdamParams,
@@ -55,8 +58,6 @@ from tickwork.types import (
     ModelInputChunk,
     SamplingParams,
     StopReason,
-    TensorData,
-    TensorDtype,
 )
 
 # The name this error has in the official SDK.

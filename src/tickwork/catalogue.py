@@ -11,22 +11,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 import tempfile
 import threading
-import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, unquote
 
 import attrs
 
 from tickwork.errors import CheckpointError, InvalidRequestError
+from tickwork.files import remove, write_json
 from tickwork.results import (
     KIND_TYPES,
     Checkpoint,
@@ -260,39 +257,6 @@ def check_name(name: str) -> str:
             f"{name!r}: 1 to 200 characters without '/', not beginning with '.', are allowed", field="name"
         )
     return name
-
-
-def checksum(file: Path) -> str:
-    """Return a file's SHA-256."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Replace a file in one step; what is there after a crash is the old text or the new."""
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    with temporary.open("w") as stream:
-        json.dump(value, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-    sync(file.parent)
-
-
-def sync(path: Path) -> None:
-    """Make a file's bytes or a folder's entries durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder so that it never shows half deleted: first its name goes, then its files."""
-    doomed = folder.with_name(f".gone-{uuid.uuid4().hex}")
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tickwork.errors import InvalidRequestError
-from tickwork.types import AdamParams, Datum, EncodedTextChunk, ModelInput, SamplingParams, as_tensor_data
+from tickwork.tensors import as_tensor_data
+from tickwork.types import AdamParams, Datum, EncodedTextChunk, ModelInput, SamplingParams
 
 
 def as_data(data: Any) -> tuple[Datum, ...]:

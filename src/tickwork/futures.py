@@ -24,16 +24,17 @@ _thread = threading.local()
 @contextmanager
 def no_blocking() -> Iterator[None]:
     """Mark the current thread, for a while, as one that must keep running: ``result()`` refuses to block it."""
-    before, _thread.must_run = must_run(), True
+    # Counted, since two engines of one thread may end in either order.
+    _thread.marks = getattr(_thread, "marks", 0) + 1
     try:
         yield
     finally:
-        _thread.must_run = before
+        _thread.marks -= 1
 
 
 def must_run() -> bool:
     """Whether the current thread runs the engine or the device."""
-    return getattr(_thread, "must_run", False)
+    return getattr(_thread, "marks", 0) > 0
 
 
 class Future(Generic[T]):
@@ -66,18 +67,12 @@ class Future(Generic[T]):
         """
         if not self.done() and must_run():
             raise WrongThreadError("this thread runs the engine or the device: await the future instead of .result()")
-        try:
-            return self._inner.result(timeout)
-        except TickworkError as error:
-            raise fresh(error) from error
+        return self._take(timeout)
 
     async def result_async(self, timeout: float | None = None) -> T:
         """Wait for the result under Trio or asyncio; arguments and errors as for ``result``."""
         await wait(self._inner, timeout)
-        try:
-            return self._inner.result()
-        except TickworkError as error:
-            raise fresh(error) from error
+        return self._take()
 
     def __await__(self) -> Generator[Any, Any, T]:
         return self.result_async().__await__()
@@ -130,6 +125,13 @@ class Future(Generic[T]):
         future.set_error(error)
         return future
 
+    def _take(self, timeout: float | None = None) -> T:
+        # Not by catching .result(): an original that is raised keeps the frames of all who ever waited.
+        error = self._inner.exception(timeout)
+        if isinstance(error, TickworkError):
+            raise fresh(error) from error
+        return self._inner.result()
+
 
 APIFuture = Future
 
@@ -137,7 +139,7 @@ APIFuture = Future
 async def wait(inner: Inner[Any], timeout: float | None = None) -> None:
     """Wait under Trio or asyncio until ``inner`` is settled, whatever with.
 
-    Cancel: ends this wait; under asyncio ``inner`` itself is asked to cancel, which a running future ignores.
+    Cancel: ends this wait alone.
 
     Raises:
         TimeoutError: ``timeout`` seconds are over.
@@ -159,7 +161,7 @@ async def _wait_trio(inner: Inner[Any], timeout: float | None) -> None:
             pass  # the waiter's run ended before the result came
 
     inner.add_done_callback(wake)
-    with trio.move_on_after(float("inf") if timeout is None else timeout) as scope:
+    with trio.move_on_after(float("inf") if timeout is None else max(0, timeout)) as scope:
         await settled.wait()
     if scope.cancelled_caught and not inner.done():
         raise TimeoutError
@@ -180,8 +182,12 @@ async def _wait_asyncio(inner: Inner[Any], timeout: float | None) -> None:
             pass  # the waiter's loop was closed before the result came
 
     inner.add_done_callback(wake)
-    async with asyncio.timeout(timeout):
-        await settled
+    try:
+        async with asyncio.timeout(timeout):
+            await settled
+    except TimeoutError:
+        if not inner.done():
+            raise
 
 
 def in_event_loop() -> bool:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import attrs
 
 from tickwork.errors import InvalidRequestError
-from tickwork.types import AdamOptimizerConfig, StopReason, TensorData
+from tickwork.tensors import TensorData
+from tickwork.types import AdamOptimizerConfig, StopReason
 
 CheckpointType = Literal["training", "sampler"]
 KIND_TYPES: dict[str, CheckpointType] = {"weights": "training", "sampler_weights": "sampler"}

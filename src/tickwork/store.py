@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tickwork.catalogue import META, Catalogue, Meta, check_name, checksum, expiry, remove, sync, write_json
+from tickwork.catalogue import META, Catalogue, Meta, check_name, expiry
 from tickwork.compute.lora import ALPHA, Adapter
 from tickwork.compute.optimizer import Trainable
 from tickwork.errors import CheckpointError
+from tickwork.files import checksum, remove, sync, write_json
 from tickwork.results import as_json
 
 ADAPTER, CONFIG, MOMENTS = "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"

@@ -1,4 +1,4 @@
-"""The values a caller builds: tokens, tensors, datums and parameters. Frozen, numpy only.
+"""The values a caller builds: tokens, datums and parameters. Frozen, without torch.
 
 Names, fields and defaults are those of the Tinker SDK, so that scripts written for it run unchanged. Values
 of the official ``tinker`` package are taken by duck typing (``convert.py``).
@@ -8,128 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import attrs
-import numpy as np
 
-from tickwork.errors import InvalidRequestError
+from tickwork.tensors import TensorData, as_tensor_data
 
-if TYPE_CHECKING:
-    import torch
-
-TensorDtype = Literal["float32", "int64"]
 StopReason = Literal["stop", "length"]
-
-# Which dtype a plain Python list gets, by the name of the loss input it is given for.
-LIST_DTYPES: Mapping[str, TensorDtype] = {
-    "target_tokens": "int64",
-    "weights": "float32",
-    "advantages": "float32",
-    "logprobs": "float32",
-    "clip_low_threshold": "float32",
-    "clip_high_threshold": "float32",
-    "sequence_ratio_mask": "float32",
-}
-
-
-@attrs.frozen(eq=False, init=False)
-class TensorData:
-    """A tensor of float32 or int64 values, dense or in compressed sparse rows.
-
-    Args:
-        data: the values, flat and in row-major order; copied.
-        dtype: ``"float32"`` or ``"int64"``.
-        shape: the dense shape; None for a vector of ``len(data)``.
-        sparse_crow_indices: row starts of a 2-D CSR tensor, ``rows + 1`` of them; cells not listed are 0.
-        sparse_col_indices: column of each listed value.
-
-    Raises:
-        InvalidRequestError: unknown dtype, or a shape that the number of values does not fill.
-    """
-
-    _values: np.ndarray
-    dtype: TensorDtype
-    shape: tuple[int, ...]
-    sparse_crow_indices: tuple[int, ...] | None
-    sparse_col_indices: tuple[int, ...] | None
-
-    def __init__(
-        self,
-        data: Sequence[float] | np.ndarray,
-        dtype: TensorDtype,
-        shape: Sequence[int] | None = None,
-        sparse_crow_indices: Sequence[int] | None = None,
-        sparse_col_indices: Sequence[int] | None = None,
-    ) -> None:
-        if dtype not in ("float32", "int64"):
-            raise InvalidRequestError(f"dtype {dtype!r} is not one of 'float32', 'int64'", field="dtype")
-        values = np.array(data, dtype=dtype).reshape(-1)
-        values.setflags(write=False)
-        dims = tuple(int(n) for n in shape) if shape is not None else (values.size,)
-        crow = None if sparse_crow_indices is None else tuple(int(i) for i in sparse_crow_indices)
-        col = None if sparse_col_indices is None else tuple(int(i) for i in sparse_col_indices)
-        _check_layout(values, dims, crow, col)
-        self.__attrs_init__(values, dtype, dims, crow, col)
-
-    @property
-    def data(self) -> list[float] | list[int]:
-        """The listed values, flat."""
-        values: list[float] | list[int] = self._values.tolist()
-        return values
-
-    def to_numpy(self) -> np.ndarray:
-        """Return the dense array, of ``shape`` and ``dtype``; read-only unless it was sparse."""
-        if self.sparse_crow_indices is None or self.sparse_col_indices is None:
-            return self._values.reshape(self.shape)
-        dense = np.zeros(self.shape, dtype=self.dtype)
-        rows = np.repeat(np.arange(self.shape[0]), np.diff(self.sparse_crow_indices))
-        dense[rows, list(self.sparse_col_indices)] = self._values
-        return dense
-
-    def to_torch(self) -> torch.Tensor:
-        """Return the dense tensor, a copy."""
-        import torch  # noqa: PLC0415  only callers that use torch pay for its import
-
-        return torch.from_numpy(self.to_numpy().copy())
-
-    def tolist(self) -> list[Any]:
-        """Return the dense tensor as nested lists."""
-        nested: list[Any] = self.to_numpy().tolist()
-        return nested
-
-    @classmethod
-    def from_numpy(cls, array: np.ndarray) -> TensorData:
-        """Copy a numpy array: floats become float32, signed integers int64; other kinds are refused."""
-        kind = np.asarray(array).dtype.kind
-        if kind not in "fi":
-            raise InvalidRequestError(f"numpy dtype {array.dtype} is neither float nor signed integer", field="dtype")
-        return cls(array, "float32" if kind == "f" else "int64", array.shape)
-
-    @classmethod
-    def from_torch(cls, tensor: torch.Tensor) -> TensorData:
-        """Copy a torch tensor; bfloat16 and float16 are widened, a tensor that requires grad is refused."""
-        if tensor.requires_grad:
-            raise InvalidRequestError("the tensor requires grad: pass tensor.detach()", field="tensor")
-        wide = tensor.float() if tensor.is_floating_point() else tensor
-        return cls.from_numpy(wide.cpu().numpy())
-
-
-def _check_layout(
-    values: np.ndarray, shape: tuple[int, ...], crow: tuple[int, ...] | None, col: tuple[int, ...] | None
-) -> None:
-    if (crow is None) != (col is None):
-        raise InvalidRequestError("sparse_crow_indices and sparse_col_indices go together", field="sparse_crow_indices")
-    if crow is None or col is None:
-        if int(np.prod(shape)) != values.size:
-            raise InvalidRequestError(f"shape {list(shape)} does not hold {values.size} values", field="shape")
-        return
-    good = len(shape) == 2 and len(crow) == shape[0] + 1 and len(col) == values.size == crow[-1] and crow[0] == 0
-    if not good or any(a > b for a, b in pairwise(crow)):
-        raise InvalidRequestError("the row starts do not describe a 2-D CSR tensor", field="sparse_crow_indices")
-    if any(not 0 <= i < shape[1] for i in col):
-        raise InvalidRequestError(f"a column lies outside 0..{shape[1] - 1}", field="sparse_col_indices")
 
 
 def _ids(tokens: Iterable[SupportsIndex]) -> tuple[int, ...]:
@@ -188,46 +73,6 @@ class ModelInput:
     def append_int(self, token: int) -> ModelInput:
         """Return a new sequence with one token at the end."""
         return self.append(EncodedTextChunk((token,)))
-
-
-def as_tensor_data(value: Any, key: str) -> TensorData:
-    """Turn a tensor, array, list or the SDK's TensorData into ours.
-
-    Args:
-        value: what the caller gave.
-        key: the loss input's name; a plain list takes its dtype from it.
-
-    Raises:
-        InvalidRequestError: a kind, dtype or shape that is not allowed, naming ``key``.
-    """
-    field = f"loss_fn_inputs[{key!r}]"
-    try:
-        if isinstance(value, TensorData):
-            return value
-        if hasattr(value, "sparse_crow_indices"):
-            return TensorData(value.data, value.dtype, value.shape, value.sparse_crow_indices, value.sparse_col_indices)
-        if hasattr(value, "detach"):
-            return TensorData.from_torch(value)
-        if isinstance(value, np.ndarray):
-            return TensorData.from_numpy(value)
-        if isinstance(value, list | tuple):
-            return _from_list(value, key)
-    except InvalidRequestError as error:
-        raise InvalidRequestError(str(error), field=field) from None
-    except (ValueError, TypeError) as error:
-        raise InvalidRequestError(f"not a rectangular list of numbers ({error})", field=field) from None
-    raise InvalidRequestError(
-        f"{type(value).__name__} is not a TensorData, torch tensor, numpy array or list", field=field
-    )
-
-
-def _from_list(value: Sequence[Any], key: str) -> TensorData:
-    if key not in LIST_DTYPES:
-        raise InvalidRequestError("a plain list has no dtype under this name: pass a TensorData or an array")
-    array = np.asarray(value)
-    if LIST_DTYPES[key] == "int64" and array.size and array.dtype.kind not in "iu":
-        raise InvalidRequestError(f"expects integers, got {array.dtype}")
-    return TensorData(array, LIST_DTYPES[key], array.shape)
 
 
 def _coerce_inputs(inputs: Mapping[str, Any]) -> dict[str, TensorData]:

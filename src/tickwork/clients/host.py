@@ -14,10 +14,13 @@ from tickwork.engine.portal import Portal
 from tickwork.engine.request import Request
 from tickwork.engine.thread import EngineThread
 from tickwork.errors import ClosedError, InvalidRequestError
+from tickwork.executor import LocalExecutor
 from tickwork.futures import Future
 from tickwork.requests import Release
 
 Build = Callable[[], Request]
+
+MAX_TOKENS_PER_PASS = 4096
 
 
 class Host:
@@ -105,3 +108,24 @@ class Host:
                 self._thread.abort() if abort else self._thread.close()
         finally:
             self.catalogue.close()
+
+
+def make_engine(
+    catalogue: Catalogue, device: str | None, dtype: str | None, cycle_period: float, max_tokens: int | None
+) -> Engine:
+    """Build an engine with a local executor.
+
+    Raises:
+        InvalidRequestError: a setting that is not offered, by name.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise InvalidRequestError(f"{dtype!r}; 'float32' or 'bfloat16'", field="dtype")
+    if device is not None and device.split(":")[0] not in ("cpu", "cuda"):
+        raise InvalidRequestError(f"{device!r}; 'cpu', 'cuda' or 'cuda:N'", field="device")
+    if not 0 <= cycle_period < float("inf"):
+        raise InvalidRequestError(f"{cycle_period!r}; seconds, at least 0", field="cycle_period")
+    tokens = MAX_TOKENS_PER_PASS if max_tokens is None else max_tokens
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise InvalidRequestError(f"{max_tokens!r}; a whole number, at least 1", field="max_tokens_per_pass")
+    executor = LocalExecutor(catalogue, device, dtype, tokens)
+    return Engine(executor, cycle_period=cycle_period, max_tokens_per_pass=tokens)

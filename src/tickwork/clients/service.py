@@ -6,8 +6,7 @@ import atexit
 import os
 import sys
 import weakref
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
 from typing import Literal, Self
@@ -15,21 +14,18 @@ from typing import Literal, Self
 import trio
 
 from tickwork.catalogue import Catalogue
-from tickwork.clients.host import Host
+from tickwork.clients.host import Host, make_engine
 from tickwork.clients.rest import RestClient
 from tickwork.clients.sampling import SamplingClient
 from tickwork.clients.training import TrainingClient, open_sampler, sampler_request
-from tickwork.engine.engine import Engine, EngineStatistics
+from tickwork.engine.engine import EngineStatistics
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError
-from tickwork.executor import LocalExecutor
 from tickwork.futures import Future
 from tickwork.models import supported
 from tickwork.requests import CreateModel
 from tickwork.results import GetServerCapabilitiesResponse, ParsedCheckpointTinkerPath
 from tickwork.types import AdamOptimizerConfig, LoraConfig
-
-MAX_TOKENS_PER_PASS = 4096
 
 DTypeName = Literal["float32", "bfloat16"]
 Path = str | os.PathLike[str]
@@ -226,61 +222,6 @@ class ServiceClient:
             return Request("step", model_id, CreateModel(model_id, base_model, lora, path, with_optimizer, metadata))
 
         return TrainingClient(self.host, model_id, self.host.submit(build))
-
-
-@asynccontextmanager
-async def open_service(
-    user_metadata: Metadata = None,
-    *,
-    store: Path | None = None,
-    device: str | None = None,
-    dtype: DTypeName | None = None,
-    cycle_period: float = 0.0,
-    max_tokens_per_pass: int | None = None,
-) -> AsyncIterator[ServiceClient]:
-    """Run a service in a nursery of the calling Trio task; arguments as for ``ServiceClient``.
-
-    Leaving normally drains what was accepted. An error in the body, or the engine's death, cancels the other.
-    """
-    service = ServiceClient(user_metadata, store=store, device=device, dtype=dtype, cycle_period=cycle_period, max_tokens_per_pass=max_tokens_per_pass)  # fmt: skip  # noqa: E501
-    async with hosted(service.host):
-        yield service
-
-
-@asynccontextmanager
-async def hosted(host: Host) -> AsyncIterator[None]:
-    """Run a host's engine in a nursery of the calling Trio task."""
-    async with trio.open_nursery() as nursery:
-        portal = await nursery.start(host.engine.run)
-        host.attach(portal)
-        try:
-            yield
-        except BaseException:
-            nursery.cancel_scope.cancel("the body of open_service failed")
-            raise
-        portal.close()
-    host.close()
-
-
-def make_engine(
-    catalogue: Catalogue, device: str | None, dtype: str | None, cycle_period: float, max_tokens: int | None
-) -> Engine:
-    """Build an engine with a local executor.
-
-    Raises:
-        InvalidRequestError: a setting that is not offered, by name.
-    """
-    if dtype not in (None, "float32", "bfloat16"):
-        raise InvalidRequestError(f"{dtype!r}; 'float32' or 'bfloat16'", field="dtype")
-    if device is not None and device.split(":")[0] not in ("cpu", "cuda"):
-        raise InvalidRequestError(f"{device!r}; 'cpu', 'cuda' or 'cuda:N'", field="device")
-    if not 0 <= cycle_period < float("inf"):
-        raise InvalidRequestError(f"{cycle_period!r}; seconds, at least 0", field="cycle_period")
-    tokens = MAX_TOKENS_PER_PASS if max_tokens is None else max_tokens
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise InvalidRequestError(f"{max_tokens!r}; a whole number, at least 1", field="max_tokens_per_pass")
-    executor = LocalExecutor(catalogue, device, dtype, tokens)
-    return Engine(executor, cycle_period=cycle_period, max_tokens_per_pass=tokens)
 
 
 def _no_token(weights_access_token: None) -> None:

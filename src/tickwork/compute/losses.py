@@ -13,7 +13,8 @@ import torch
 import tickwork_kernels as kernels
 from tickwork.errors import InvalidRequestError, LossError
 from tickwork.requests import CustomLoss, ForwardBackward
-from tickwork.types import Datum, TensorDtype
+from tickwork.tensors import TensorDtype
+from tickwork.types import Datum
 
 RL_INPUTS: Mapping[str, TensorDtype] = {"logprobs": "float32", "advantages": "float32"}
 

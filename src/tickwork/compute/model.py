@@ -109,7 +109,8 @@ def _load(name: str, dtype: torch.dtype) -> Any:
     if place.startswith(("/", "./", "../", "~")) and not os.path.isdir(place):
         raise ModelLoadError(f"base_model {name!r}: there is no such folder")
     try:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+        # Eager, because that is the definition: transformers' sdpa leaves out Gemma 2's softcap.
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation="eager")
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError, safetensors' and hub errors for what is one case here.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

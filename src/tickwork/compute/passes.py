@@ -21,7 +21,7 @@ from tickwork.engine.request import Request
 from tickwork.errors import CapacityError, LossError, RequestFailedError
 from tickwork.requests import ForwardBackward
 from tickwork.results import ForwardBackwardOutput
-from tickwork.types import TensorData
+from tickwork.tensors import TensorData
 from tickwork_kernels import HeadGradients, TargetLogprobs, linear_token_loss
 
 # Exponentials of the head kept between a custom loss's forward and backward; what is over is computed again.

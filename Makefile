@@ -1,0 +1,42 @@
+# make demo      install into .venv and fine-tune the shipped model
+# make demo-rl   the same by reward
+# make test      install, lint, type-check, test
+# make bench     the table of speeds
+
+PYTHON ?= python3
+VENV   ?= .venv
+PIP     = $(VENV)/bin/pip --disable-pip-version-check --quiet
+PIN     = --constraint .ci/constraints.txt
+
+.PHONY: demo demo-rl test lint bench clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/tickwork demo
+
+demo-rl: $(VENV)/.installed
+	$(VENV)/bin/tickwork demo rl
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed-test
+	$(VENV)/bin/python -m bench
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/pip pyproject.toml .ci/constraints.txt
+	$(PIP) install $(PIN) --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/bin/pip pyproject.toml .ci/constraints.txt
+	$(PIP) install $(PIN) --editable '.[test]'
+	touch $@ $(VENV)/.installed

@@ -1,0 +1,1 @@
+"""Runnable examples, also reached as ``tickwork demo …``: written with the public API, as a user would."""
