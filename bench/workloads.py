@@ -74,10 +74,9 @@ def make_qwen40m(folder: Path) -> Path:
 
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
-        settings: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
-        heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-        config = Qwen3Config(
-            vocab_size=32000, tie_word_embeddings=True, max_position_embeddings=2048, **settings, **heads
-        )
+        body: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+        heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+        rest: dict[str, Any] = {"vocab_size": 32000, "tie_word_embeddings": True, "max_position_embeddings": 2048}
+        config = Qwen3Config(**body, **heads, **rest)
         Qwen3ForCausalLM(config).save_pretrained(folder)
     return folder

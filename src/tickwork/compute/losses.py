@@ -180,7 +180,7 @@ def call_custom(
             ) from error
         loss, metrics = _unpack(answer)
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         except RuntimeError as error:
             raise LossError(f"the custom loss could not be differentiated: {error}") from error
     grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]

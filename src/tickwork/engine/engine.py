@@ -204,6 +204,8 @@ class Engine:
         self._count.cycles += 1
 
     async def _run(self, stage: Stage) -> float:
+        # The executor shields its stage, so this is where an abort comes through between two of them.
+        await trio.lowlevel.checkpoint_if_cancelled()
         begun = trio.current_time()
         for outcome in await self._executor.run(stage, self._count.cycles):
             self._settle(outcome)
@@ -218,8 +220,12 @@ class Engine:
             self._settle(Outcome(request, value=await trio.to_thread.run_sync(request.payload)))
         except RequestFailedError as error:
             self._settle(Outcome(request, error=error))
-        except OSError as error:
-            self._settle(Outcome(request, error=RequestFailedError(f"the store: {error}")))
+        except Exception as error:
+            # No device is involved, so whatever it is concerns this caller alone.
+            what = f"the store: {error}" if isinstance(error, OSError) else f"the call raised {error!r}"
+            failure = RequestFailedError(what)
+            failure.__cause__ = error
+            self._settle(Outcome(request, error=failure))
 
     def _settle(self, outcome: Outcome) -> None:
         self._live.discard(outcome.request)
@@ -233,7 +239,7 @@ class Engine:
         reason = f"stopped: {cause!r}" if isinstance(cause, Exception) else "was aborted"
         error = EngineStoppedError(f"the engine {reason} before this request finished")
         error.__cause__ = cause if isinstance(cause, Exception) else None
-        self._queue.closed = True
+        self._queue.close(error)
         if self._portal is not None:
             self._portal.credits.shut(error)
         for request in [*self._live, *self._queue.drain()]:

@@ -11,7 +11,7 @@ import trio
 
 from tickwork.engine.queue import Queue
 from tickwork.engine.request import Request
-from tickwork.errors import ClosedError, EngineStoppedError, QueueFullError
+from tickwork.errors import ClosedError, EngineStoppedError, QueueFullError, fresh
 from tickwork.futures import Future, Inner, in_event_loop, must_run, wait
 
 
@@ -50,7 +50,7 @@ class Credits:
         ticket: Inner[None] = Inner()
         with self._lock:
             if self._shut is not None:
-                raise self._shut
+                raise fresh(self._shut)
             self._waiting.append(_Waiter(weight, enter, ticket))
             self._admit()
         return ticket
@@ -65,6 +65,7 @@ class Credits:
         """Leave the line; False if the turn had already come."""
         with self._lock:
             gone = ticket.cancel()
+            self._waiting = deque(waiter for waiter in self._waiting if not waiter.ticket.cancelled())
             self._admit()
         return gone
 
@@ -73,18 +74,15 @@ class Credits:
         with self._lock:
             self._shut = error
             while self._waiting:
-                ticket = self._waiting.popleft().ticket
-                if ticket.set_running_or_notify_cancel():
-                    ticket.set_exception(error)
+                self._waiting.popleft().ticket.set_exception(fresh(error))
 
     def _admit(self) -> None:
         while self._waiting:
             head = self._waiting[0]
-            if not head.ticket.cancelled() and self.inside and self.inside + head.weight > self.limit:
+            if self.inside and self.inside + head.weight > self.limit:
                 return
             self._waiting.popleft()
-            if head.ticket.set_running_or_notify_cancel():
-                self._let_in(head)
+            self._let_in(head)
 
     def _let_in(self, waiter: _Waiter) -> None:
         try:

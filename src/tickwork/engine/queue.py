@@ -26,6 +26,7 @@ class Queue:
         self.tokens = 0
         self.closed = False
         self.peak = 0
+        self._refusal: Exception = ClosedError("the engine is closing and takes no new requests")
         self._changed = trio.Event()
 
     def __repr__(self) -> str:
@@ -34,7 +35,7 @@ class Queue:
     def post(self, request: Request) -> None:
         """Take a request in; a closed queue fails its future instead. Never raises."""
         if self.closed:
-            request.future.set_error(ClosedError("the engine is closing and takes no new requests"))
+            request.future.set_error(self._refusal)
             return
         request.received = trio.current_time()
         self.pending.append(request)
@@ -43,9 +44,10 @@ class Queue:
         self._arrived(request)
         self._wake()
 
-    def close(self) -> None:
-        """Take nothing more; what is pending stays to be drained. Never raises."""
+    def close(self, error: Exception | None = None) -> None:
+        """Take nothing more, and tell later requests ``error``; what is pending stays to be drained. Never raises."""
         self.closed = True
+        self._refusal = error or self._refusal
         self._wake()
 
     def drain(self) -> list[Request]:

@@ -129,7 +129,7 @@ def save(model: Qwen3ForCausalLM, corpus: Corpus, card: str, out: Path) -> None:
         card: Text of the model card.
         out: Folder to write, made if absent.
     """
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(
         bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID
     )
     model.bfloat16().save_pretrained(out)

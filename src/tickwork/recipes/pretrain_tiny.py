@@ -60,7 +60,7 @@ def build_model() -> Qwen3ForCausalLM:
         eos_token_id=EOS_ID,
         pad_token_id=PAD_ID,
     )
-    return Qwen3ForCausalLM(config)  # type: ignore[no-untyped-call]
+    return Qwen3ForCausalLM(config)
 
 
 def build_optimizers(model: Qwen3ForCausalLM) -> list[Optimizer]:
@@ -132,7 +132,7 @@ def train(model: Qwen3ForCausalLM, data: Iterator[Rows], steps: int) -> list[Los
     start = time.perf_counter()
     for step, rows in enumerate(islice(data, steps)):
         loss, losses = row_losses(model, rows)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * lr_factor(step, steps)
