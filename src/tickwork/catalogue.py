@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -36,6 +38,8 @@ from tickwork.types import LoraConfig
 
 FORMAT = 1
 META = "tickwork.json"
+# What common file systems allow.
+FILE_NAME_BYTES = 255
 
 
 @attrs.frozen
@@ -103,22 +107,16 @@ class Catalogue:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        if folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="tickwork-")
-            folder = self._temporary.name
-        self.root = Path(folder).absolute()
+        self.temporary = folder is None
+        self.root = Path(tempfile.mkdtemp(prefix="tickwork-") if folder is None else folder).absolute()
         self.lock = threading.RLock()
-
-    @property
-    def temporary(self) -> bool:
-        """Whether nothing outlives the service."""
-        return self._temporary is not None
+        if self.temporary:
+            self._cleanup = weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
 
     def close(self) -> None:
         """Delete what was kept only for the life of the service."""
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        if self.temporary:
+            self._cleanup()
 
     def folder(self, path: str) -> Path:
         """Return where a checkpoint lies or would lie.
@@ -127,11 +125,15 @@ class Catalogue:
             InvalidRequestError: not a checkpoint path.
         """
         parsed = ParsedCheckpointTinkerPath.from_tinker_path(path)
-        return self.run_folder(parsed.training_run_id) / parsed.kind / quote(parsed.name, safe="")
+        return self.run_folder(parsed.training_run_id) / parsed.kind / quote(check_name(parsed.name, "path"), safe="")
 
     def run_folder(self, run_id: str) -> Path:
-        """Return where a run's checkpoints lie."""
-        return self.root / "runs" / quote(run_id, safe="")
+        """Return where a run's checkpoints lie.
+
+        Raises:
+            InvalidRequestError: not a run's id.
+        """
+        return self.root / "runs" / quote(check_name(run_id, "run_id"), safe="")
 
     def meta(self, path: str) -> Meta:
         """Read a checkpoint's description.
@@ -246,15 +248,23 @@ def expiry(ttl_seconds: int | None) -> datetime | None:
     return datetime.now(UTC) + timedelta(seconds=ttl_seconds)
 
 
-def check_name(name: str) -> str:
+def check_name(name: str, field: str = "name") -> str:
     """Return a checkpoint's name if it is allowed.
 
     Raises:
-        InvalidRequestError: empty, over 200 characters, with a slash, or beginning with a dot.
+        InvalidRequestError: empty, too long, with a slash, or beginning with a dot.
     """
     if not isinstance(name, str) or not 0 < len(name) <= 200 or "/" in name or "\0" in name or name.startswith("."):
         raise InvalidRequestError(
-            f"{name!r}: 1 to 200 characters without '/', not beginning with '.', are allowed", field="name"
+            f"{name!r}: 1 to 200 characters without '/', not beginning with '.', are allowed", field=field
+        )
+    try:
+        size = len(quote(name, safe=""))
+    except UnicodeEncodeError:
+        raise InvalidRequestError(f"{name!r} is not valid text", field=field) from None
+    if size > FILE_NAME_BYTES:
+        raise InvalidRequestError(
+            f"{name!r}: {size} bytes when percent-encoded, {FILE_NAME_BYTES} are allowed", field=field
         )
     return name
 
@@ -271,6 +281,7 @@ def _read_meta(folder: Path) -> Meta:
         if data["format"] != FORMAT:
             raise CheckpointError(f"{folder} has format {data['format']}; this version reads {FORMAT}")
         data["lora"] = LoraConfig(**data["lora"])
+        data["sizes"], data["checksums"] = dict(data["sizes"]), dict(data["checksums"])
         data["time"] = datetime.fromisoformat(data["time"])
         data["expires_at"] = data["expires_at"] and datetime.fromisoformat(data["expires_at"])
         return Meta(**data)

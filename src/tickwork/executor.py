@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Loaded here for torch, which wants it: a script may end, and so the interpreter, before torch is first needed,
+# and this module can not be loaded any more while it shuts down.
+import concurrent.futures.thread  # noqa: F401
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -67,14 +70,15 @@ class LocalExecutor:
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         """Run the device thread. Cancel: the current job ends first."""
-        thread = threading.Thread(target=self._main, name="tickwork-device", daemon=True)
+        token, ended = trio.lowlevel.current_trio_token(), trio.Event()
+        thread = threading.Thread(target=self._main, args=(token, ended), name="tickwork-device", daemon=True)
         thread.start()
         try:
             yield
         finally:
             self._jobs.put(None)
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(thread.join)
+                await ended.wait()  # not a join in a worker: at the interpreter's end no thread can be started
 
     async def run(self, stage: Stage, cycle: int) -> list[Outcome]:
         """Run one stage on the device thread; see ``Executor.run``."""
@@ -103,9 +107,11 @@ class LocalExecutor:
         outcomes: list[Outcome] = self._device.run(stage, cycle, lambda: self._nudged)
         return outcomes
 
-    def _main(self) -> None:
+    def _main(self, token: trio.lowlevel.TrioToken, ended: trio.Event) -> None:
         with no_blocking():
             while (job := self._jobs.get()) is not None:
                 act, reply = job
                 reply(outcome.capture(act))
+                del act, reply, job  # or the last job's tensors would live until the next
         self._device = None
+        token.run_sync_soon(ended.set)

@@ -37,6 +37,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def put(folder: Path, target: Path) -> None:
+    """Give a finished folder its name; a folder of that name goes only once the new one stands."""
+    doomed = target.with_name(f".gone-{uuid.uuid4().hex}")
+    if target.exists():
+        os.replace(target, doomed)
+    try:
+        os.replace(folder, target)
+    except OSError:
+        if doomed.exists():
+            os.replace(doomed, target)
+        raise
+    if doomed.exists():
+        shutil.rmtree(doomed)
+
+
 def remove(folder: Path) -> None:
     """Delete a folder so that it never shows half deleted: first its name goes, then its files."""
     doomed = folder.with_name(f".gone-{uuid.uuid4().hex}")

@@ -230,7 +230,8 @@ class ParsedCheckpointTinkerPath:
             InvalidRequestError: not of the form ``tinker://RUN/weights|sampler_weights/NAME``.
         """
         parts = path.removeprefix("tinker://").split("/") if isinstance(path, str) else []
-        if len(parts) != 3 or not path.startswith("tinker://") or parts[1] not in KIND_TYPES or not all(parts):
+        plain = all(part and not part.startswith(".") for part in parts)  # a leading dot could leave the store
+        if len(parts) != 3 or not path.startswith("tinker://") or parts[1] not in KIND_TYPES or not plain:
             raise InvalidRequestError(
                 f"{path!r} is not of the form tinker://RUN/weights/NAME or tinker://RUN/sampler_weights/NAME",
                 field="path",

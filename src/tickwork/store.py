@@ -6,7 +6,7 @@ A checkpoint is written to a temporary folder, synced and renamed: a name either
 from __future__ import annotations
 
 import logging
-import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tickwork.catalogue import META, Catalogue, Meta, check_name, expiry
 from tickwork.compute.lora import ALPHA, Adapter
 from tickwork.compute.optimizer import Trainable
 from tickwork.errors import CheckpointError
-from tickwork.files import checksum, remove, sync, write_json
+from tickwork.files import checksum, put, sync, write_json
 from tickwork.results import as_json
 
 ADAPTER, CONFIG, MOMENTS = "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"
@@ -100,11 +100,13 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".new-{uuid.uuid4().hex}")
         temporary.mkdir()
-        self._fill(temporary, meta, state)
-        with self.catalogue.lock:
-            if target.exists():
-                remove(target)
-            os.replace(temporary, target)
+        try:
+            self._fill(temporary, meta, state)
+            with self.catalogue.lock:
+                put(temporary, target)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         sync(target.parent)
         return meta.path
 

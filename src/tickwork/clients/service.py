@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Mapping
 from functools import partial
@@ -60,7 +61,9 @@ class ServiceClient:
         catalogue = Catalogue(store)
         engine = make_engine(catalogue, device, dtype, cycle_period, max_tokens_per_pass)
         self.host = Host(engine, catalogue, user_metadata)
-        atexit.register(_at_exit, weakref.ref(self.host))
+        # Before concurrent.futures shuts its pools, which loading a model needs; atexit comes after that.
+        register = getattr(threading, "_register_atexit", atexit.register)
+        register(_at_exit, weakref.ref(self.host))
 
     def create_lora_training_client(
         self,

@@ -92,6 +92,7 @@ class _Part:
     targets: torch.Tensor  # [n, K], padded with token 0
     start: int
     stop: int
+    loss: float = 0.0
     gradients: HeadGradients | None = None
 
     def lay_out(self, arrays: Sequence[np.ndarray]) -> torch.Tensor:
@@ -152,6 +153,8 @@ def _run(base: BaseModel, work: Sequence[tuple[Progress, Piece]]) -> None:
         if part.gradients is not None:
             upstream[part.start : part.stop] = part.gradients.hidden
     _accumulate(hidden, upstream, [part for part in parts if part.gradients is not None])
+    for part in parts:  # only now: what ran out of memory on the way here is run again
+        part.progress.loss += part.loss
 
 
 def _parts(work: Sequence[tuple[Progress, Piece]], spans: list[tuple[int, int]], device: torch.device) -> list[_Part]:
@@ -210,7 +213,7 @@ def _built_in(part: _Part, hidden: torch.Tensor) -> HeadGradients | None:
         gradient(logprobs, 0, len(logprobs))
     if not bool(finite):
         raise LossError(f"the gradient of {payload.loss_fn} is not finite: the importance ratio overflows")
-    progress.loss += float(total)
+    part.loss = float(total)
     progress.logprobs[part.piece.start : part.piece.stop] = part.take_apart(logprobs)
     return gradients
 
@@ -250,13 +253,15 @@ def _accumulate(hidden: torch.Tensor, upstream: torch.Tensor, parts: Sequence[_P
     grads: list[torch.Tensor | None] = [None] * len(leaves)
     if leaves and hidden.requires_grad:
         grads = list(torch.autograd.grad(hidden, leaves, upstream.to(hidden.dtype), allow_unused=True))
+    for progress in (part.progress for part in parts):
+        if progress.several and progress.before is None:
+            progress.before = progress.model.grad.clone()
+    # From here on nothing takes memory: running out between two models would count the first one twice.
     used = 0
     for part in parts:
-        progress, model, gradients = part.progress, part.progress.model, part.gradients
+        model, gradients = part.progress.model, part.gradients
         assert gradients is not None
         count = len(model.adapter.body())
-        if progress.several and progress.before is None:
-            progress.before = model.grad.clone()
         head = None if gradients.a is None or gradients.b is None else (gradients.a, gradients.b)
         model.accumulate(grads[used : used + count], head)
         used += count

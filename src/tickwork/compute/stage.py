@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import attrs
 import torch
@@ -62,6 +62,7 @@ class Device:
         self._models: dict[str, TrainingModel] = {}
         self._weights: dict[str, Weights] = {}
         self._samplers: dict[str, Sampler] = {}
+        self._progress: dict[Request, Progress | None] = {}
         self._lost: dict[str, RequestFailedError] = {}
         self._steps: dict[type, Callable[..., object]] = {
             CreateModel: self._create,
@@ -87,11 +88,12 @@ class Device:
         Returns:
             one outcome for each request that finished.
         """
-        outcomes = self._run_passes(stage.passes, cycle)
+        # Samples first: a step of the same stage may release the weights they were asked of.
+        admissions = [_outcome(request, self._admit) for request in stage.samples]
+        outcomes = [refusal for refusal in admissions if refusal.error is not None]
+        for item in stage.passes:
+            outcomes += self._run_pass(item, cycle)
         outcomes += [_outcome(request, self._step) for request in stage.steps]
-        for request in stage.samples:
-            refusal = _outcome(request, self._admit)
-            outcomes += [refusal] if refusal.error else []
         if stage.decode:
             outcomes += self._decode(stage.decode, nudged)
         return outcomes
@@ -100,27 +102,30 @@ class Device:
         busy = [sampler for sampler in self._samplers.values() if sampler.busy]
         return [outcome for sampler in busy for outcome in sampler.decode(seconds / len(busy), nudged)]
 
-    def _run_passes(self, passes: Iterable[Pass], cycle: int) -> list[Outcome]:
-        progress: dict[Request, Progress] = {}
+    def _run_pass(self, item: Pass, cycle: int) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        passes = list(passes)
-        pieces = [piece.request for item in passes for piece in item.pieces]
-        for request in dict.fromkeys(pieces):
-            try:
-                progress[request] = self._begin(request, pieces.count(request) > 1)
-            except RequestFailedError as error:
-                outcomes.append(Outcome(request, error=error))
-        for item in passes:
-            work = [(progress[piece.request], piece) for piece in item.pieces if piece.request in progress]
-            for base in dict.fromkeys(each.base for each, _ in work):
-                run_pass(base, [(each, piece) for each, piece in work if each.base is base])
-        return outcomes + [_finish(each, cycle) for each in progress.values()]
+        for piece in item.pieces:
+            if piece.request not in self._progress:
+                outcomes += self._begin(piece.request, several=not piece.last)
+        work = [(progress, piece) for piece in item.pieces if (progress := self._progress[piece.request]) is not None]
+        for base in dict.fromkeys(progress.base for progress, _ in work):
+            run_pass(base, [(progress, piece) for progress, piece in work if progress.base is base])
+        for piece in item.pieces:
+            if piece.last and (progress := self._progress.pop(piece.request)) is not None:
+                outcomes.append(_finish(progress, cycle))
+        return outcomes
 
-    def _begin(self, request: Request, several: bool) -> Progress:
+    def _begin(self, request: Request, *, several: bool) -> list[Outcome]:
+        """Check a request and start its progress; a bad one has None, so that its pieces are passed over."""
         payload: ForwardBackward = request.payload
-        model = self._model(payload.model_id)
-        check(payload, model.base.vocab_size, model.base.context)
-        return Progress(request, model.base, model.state, several)
+        self._progress[request] = None
+        try:
+            model = self._model(payload.model_id)
+            check(payload, model.base.vocab_size, model.base.context)
+        except RequestFailedError as error:
+            return [Outcome(request, error=error)]
+        self._progress[request] = Progress(request, model.base, model.state, several)
+        return []
 
     def _step(self, request: Request) -> object:
         return self._steps[type(request.payload)](request.payload)

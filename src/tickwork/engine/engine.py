@@ -182,7 +182,8 @@ class Engine:
                 nursery.start_soon(self._call, request)
         planned = [request for request in requests if request.kind != "call"]
         self._note_cycle(planned)
-        return sum([await self._run(stage) for stage in plan(planned, self._max_tokens)])
+        stages = plan(planned, self._max_tokens)
+        return sum([await self._run(job) for stage in stages for job in stage.jobs()])
 
     async def _decode(self, seconds: float) -> None:
         until = trio.current_time() + seconds

@@ -20,12 +20,14 @@ class Piece:
     Args:
         phase: ``run`` does all of it; a custom loss too large for one pass is split into ``probe`` pieces
             (logprobs only) and, once its callable knows the gradients, ``apply`` pieces (forward and backward).
+        last: whether the request is through after it.
     """
 
     request: Request
     start: int
     stop: int
     phase: Phase = "run"
+    last: bool = True
 
     @property
     def tokens(self) -> int:
@@ -53,6 +55,15 @@ class Stage:
     steps: tuple[Request, ...] = ()
     samples: tuple[Request, ...] = ()
     decode: float = 0.0
+
+    def jobs(self) -> list[Stage]:
+        """Cut into parts with one pass each, so that results come, and an abort takes effect, pass by pass."""
+        passes: list[tuple[Pass, ...]] = [(item,) for item in self.passes] or [()]
+        first, last = 0, len(passes) - 1
+        return [
+            Stage(item, self.steps if index == last else (), self.samples if index == first else ())
+            for index, item in enumerate(passes)
+        ]
 
 
 def plan(requests: Iterable[Request], max_tokens: int) -> list[Stage]:
@@ -113,10 +124,9 @@ def _pack(requests: Iterable[Request], max_tokens: int) -> list[Pass]:
 
 def _pieces(request: Request, max_tokens: int) -> list[Piece]:
     bounds = _bounds(request.rows, max_tokens)
-    if len(bounds) == 1 or not request.whole:
-        return [Piece(request, start, stop) for start, stop in bounds]
-    phases: tuple[Phase, ...] = ("probe", "apply")
-    return [Piece(request, start, stop, phase) for phase in phases for start, stop in bounds]
+    phases: tuple[Phase, ...] = ("probe", "apply") if request.whole and len(bounds) > 1 else ("run",)
+    parts = [(start, stop, phase) for phase in phases for start, stop in bounds]
+    return [Piece(request, *part, last=part is parts[-1]) for part in parts]
 
 
 def _bounds(rows: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:

@@ -53,7 +53,7 @@ class EngineThread:
 
     def abort(self) -> None:
         """Let the current job end, fail the rest, join. One that is starting is waited for first."""
-        if self._ready.portal.exception() is None and self._token is not None:
+        if self._thread.is_alive() and self._ready.portal.exception() is None and self._token is not None:
             try:
                 self._token.run_sync_soon(self._scope.cancel)
             except trio.RunFinishedError:

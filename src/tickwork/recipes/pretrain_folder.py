@@ -129,9 +129,7 @@ def save(model: Qwen3ForCausalLM, corpus: Corpus, card: str, out: Path) -> None:
         card: Text of the model card.
         out: Folder to write, made if absent.
     """
-    model.generation_config = GenerationConfig(
-        bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID
-    )
+    model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     model.bfloat16().save_pretrained(out)
     build_tokenizer().save_pretrained(out)
     _name_portable_tokenizer_class(out / "tokenizer_config.json")
