@@ -19,12 +19,14 @@ class Workload:
     """A base model and one batch.
 
     Args:
+        key: what ``by_name`` calls it.
         name: what the tables call it.
         model: folder of the base model.
         rows: token ids of each row, one longer than the model input.
         prompts: tokens of each row that carry no loss.
     """
 
+    key: str
     name: str
     model: str
     rows: list[np.ndarray]
@@ -52,13 +54,19 @@ class Workload:
 def tiny(lengths: str) -> Workload:
     """The shipped model: 64 rows, of 24 tokens or of 16 to 40, the first 12 a prompt."""
     rows = _rows(64, (24, 24) if lengths == "equal" else (16, 40), 256)
-    return Workload(f"tiny 2M, 64 {lengths} rows", locate("tickwork/tiny"), rows, [12] * len(rows))
+    return Workload(f"tiny-{lengths}", f"tiny 2M, 64 {lengths} rows", locate("tickwork/tiny"), rows, [12] * len(rows))
 
 
 def qwen40m(lengths: str, folder: Path) -> Workload:
     """A random 41M-parameter Qwen3: 8 rows, of 128 tokens or of 64 to 192, the first 32 a prompt."""
     rows = _rows(8, (128, 128) if lengths == "equal" else (64, 192), 32000)
-    return Workload(f"random 41M, 8 {lengths} rows", str(make_qwen40m(folder)), rows, [32] * len(rows))
+    return Workload(f"qwen40m-{lengths}", f"random 41M, 8 {lengths} rows", str(folder), rows, [32] * len(rows))
+
+
+def by_name(key: str, model: str) -> Workload:
+    """Return a workload in another process than the one that made its model."""
+    name, lengths = key.split("-")
+    return tiny(lengths) if name == "tiny" else qwen40m(lengths, Path(model))
 
 
 def _rows(count: int, lengths: tuple[int, int], vocab: int) -> list[np.ndarray]:

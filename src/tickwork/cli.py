@@ -221,3 +221,7 @@ def _leaves(errors: BaseExceptionGroup[Any]) -> list[BaseException]:
     for error in errors.exceptions:
         found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
     return found
+
+
+if __name__ == "__main__":
+    main()

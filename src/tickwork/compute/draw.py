@@ -25,7 +25,11 @@ Decode = Callable[[list[int]], str]
 
 @attrs.define(eq=False)
 class Strand:
-    """One sequence being drawn; ``length`` positions of it are cached in ``slot``."""
+    """One sequence being drawn; ``length`` positions of it are cached in ``slot``.
+
+    ``pending`` is the random number of its next token, kept until the token is taken: a step that runs out of
+    memory is done again with the same one.
+    """
 
     slot: int
     random: np.random.Generator
@@ -34,6 +38,13 @@ class Strand:
     logprobs: list[float] = attrs.Factory(list)
     ranked: list[Ranked] = attrs.Factory(list)
     reason: StopReason | None = None
+    pending: float | None = None
+
+    def uniform(self) -> float:
+        """Return the random number of the next token, in [0, 1)."""
+        if self.pending is None:
+            self.pending = float(self.random.random())
+        return self.pending
 
 
 @attrs.frozen
@@ -112,6 +123,7 @@ class Draw:
 
     def take(self, strand: Strand, token: int, logprob: float, ranked: Ranked | None) -> None:
         """Append a drawn token."""
+        strand.pending = None
         strand.tokens.append(token)
         strand.logprobs.append(logprob)
         if ranked is not None:

@@ -11,7 +11,7 @@ import torch
 
 from tickwork.compute.cache import KVPool
 from tickwork.compute.choose import choose
-from tickwork.compute.draw import Draw, Strand, open_draw, rank
+from tickwork.compute.draw import Draw, Ranked, Strand, open_draw, rank
 from tickwork.compute.lora import Adapter
 from tickwork.compute.model import BaseModel
 from tickwork.compute.rows import Row, pack
@@ -19,6 +19,8 @@ from tickwork.engine.request import Outcome, Request
 from tickwork.errors import CapacityError, RequestCancelledError
 from tickwork.models import load_tokenizer
 from tickwork_kernels import Lora, TargetLogprobs, head_logits
+
+Drawn = tuple[Draw, Strand, int, float, Ranked | None]
 
 
 class Sampler:
@@ -139,15 +141,16 @@ class Sampler:
         for (draw, strand, row), (start, stop) in zip(work, packed.spans, strict=True):
             if strand is None:
                 self._score(draw, row, hidden[start:stop])
-                self._advance(draw, row)
-            else:
-                strand.length += 1
-            if draw.decoding:
-                fresh = draw.strands if strand is None else [strand]
+            if strand is not None or draw.prefilled + len(row.tokens) == len(draw.payload.prompt):
+                fresh = [strand] if strand is not None else self._fork(draw)
                 ready += [(draw, each) for each in fresh]
                 places += [stop - 1] * len(fresh)
-        if ready:
-            self._draw(ready, places, hidden)
+        drawn = self._draw(ready, places, hidden)
+        # Only here do draws change: what runs out of memory before is done again.
+        for draw, strand, row in work:
+            self._advance(draw, strand, row)
+        for draw, strand, token, logprob, ranked in drawn:
+            draw.take(strand, token, logprob, ranked)
 
     def _work(self) -> Iterator[tuple[Draw, Strand | None, Row]]:
         """Yield the rows of one forward: a token for each sequence, then as much of the prompts as fits."""
@@ -164,14 +167,20 @@ class Sampler:
                 room -= len(part)
                 yield draw, None, Row(part, draw.adapter, draw.prefilled, draw.strands[0].slot)
 
-    def _advance(self, draw: Draw, row: Row) -> None:
+    def _fork(self, draw: Draw) -> list[Strand]:
+        """Give every sequence of a request the prompt's keys and values."""
+        first, *others = draw.strands
+        for strand in others:
+            self._pool.fork(first.slot, strand.slot, len(draw.payload.prompt))
+        return draw.strands
+
+    def _advance(self, draw: Draw, strand: Strand | None, row: Row) -> None:
+        if strand is not None:
+            strand.length += 1
+            return
         draw.prefilled += len(row.tokens)
-        if draw.decoding:
-            first, *others = draw.strands
-            for strand in others:
-                self._pool.fork(first.slot, strand.slot, draw.prefilled)
-            for strand in draw.strands:
-                strand.length = draw.prefilled
+        for each in draw.strands:
+            each.length = draw.prefilled
 
     def _score(self, draw: Draw, row: Row, hidden: torch.Tensor) -> None:
         """Score the prompt tokens that follow this part's positions, under the plain distribution."""
@@ -195,9 +204,10 @@ class Sampler:
             for index, ranked in enumerate(rank(logp, draw.payload.topk_prompt_logprobs)):
                 draw.ranked[begin + at + index] = ranked
 
-    def _draw(self, ready: list[tuple[Draw, Strand]], places: list[int], hidden: torch.Tensor) -> None:
+    def _draw(self, ready: list[tuple[Draw, Strand]], places: list[int], hidden: torch.Tensor) -> list[Drawn]:
         """Draw the next token of each ready sequence; those with equal adapter and settings together."""
         groups: dict[object, list[int]] = defaultdict(list)
+        drawn: list[Drawn] = []
         for index, (draw, _) in enumerate(ready):
             groups[(id(draw.adapter), draw.recipe)].append(index)
         for members in groups.values():
@@ -206,17 +216,18 @@ class Sampler:
             states = hidden[torch.tensor([places[i] for i in members], device=hidden.device)]
             lora = None if first.adapter is None else first.adapter.head
             logits = head_logits(states, self._base.head, lora)
-            uniforms = torch.tensor([strand.random.random() for _, strand in draws], dtype=torch.float64)
+            uniforms = torch.tensor([strand.uniform() for _, strand in draws], dtype=torch.float64)
             tokens, logp = choose(logits, uniforms.to(hidden.device), first.recipe)
-            self._hand_out(draws, tokens, logp)
+            drawn += self._describe(draws, tokens, logp)
+        return drawn
 
-    def _hand_out(self, draws: list[tuple[Draw, Strand]], tokens: torch.Tensor, logp: torch.Tensor) -> None:
+    def _describe(self, draws: list[tuple[Draw, Strand]], tokens: torch.Tensor, logp: torch.Tensor) -> Iterator[Drawn]:
         chosen = logp.gather(1, tokens[:, None])[:, 0].tolist()
         most = max(draw.payload.topk_sample_logprobs for draw, _ in draws)
         ranked = rank(logp, most) if most else [[]] * len(draws)
         for (draw, strand), token, logprob, top in zip(draws, tokens.tolist(), chosen, ranked, strict=True):
             wanted = draw.payload.topk_sample_logprobs
-            draw.take(strand, token, logprob, top[:wanted] if wanted else None)
+            yield draw, strand, token, logprob, top[:wanted] if wanted else None
 
 
 def _decode(name: str, ids: list[int]) -> str:

@@ -1,0 +1,62 @@
+"""``python -m bench``: measure, print the table, write ``bench/results``."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import demo, memory, overhead, record, train
+from bench.workloads import Workload, make_qwen40m, qwen40m, tiny
+
+COLUMNS = ("speed", "workload", "ours", "against", "ratio", "wanted")
+
+
+def main() -> None:
+    """Measure one thing after the other: nothing here may share the machine."""
+    about = record.circumstances()
+    console = Console(stderr=True)
+    # The demo first: the greatest child of this process must still be the demo's.
+    rows = [*_run("demo", demo.measure, console), *_run("overhead", overhead.measure, console)]
+    with tempfile.TemporaryDirectory() as folder:
+        for workload in _workloads(Path(folder)):
+            rounds = 15 if workload.key.startswith("tiny") else 7
+            rows += _run(workload.name, lambda w=workload, n=rounds: train.measure(w, n), console)
+            if workload.key.endswith("varied"):
+                rows += _run(f"{workload.name}, memory", lambda w=workload: memory.measure(w), console)
+    Console(width=160).print(_table(rows))
+    console.print(f"written to {record.save('bench', about, rows)}")
+
+
+def _run(name: str, measure: Any, console: Console) -> list[dict[str, Any]]:
+    begun = time.perf_counter()
+    rows: list[dict[str, Any]] = measure()
+    console.print(f"{name}: {time.perf_counter() - begun:.0f} s")
+    return rows
+
+
+def _workloads(folder: Path) -> Iterator[Workload]:
+    for lengths in ("equal", "varied"):
+        yield tiny(lengths)
+    model = make_qwen40m(folder)
+    for lengths in ("equal", "varied"):
+        yield qwen40m(lengths, model)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(*COLUMNS)
+    for row in rows:
+        limit = float(row["wanted"].split()[1])
+        met = row["ratio"] >= limit if row["wanted"].startswith(">=") else row["ratio"] <= limit
+        style = "" if met else "bold red"
+        table.add_row(*(str(row[column]) for column in COLUMNS), style=style)
+    return table
+
+
+if __name__ == "__main__":
+    main()

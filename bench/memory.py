@@ -1,0 +1,49 @@
+"""Peak memory of the custom loss against the built-in one, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from typing import Any
+
+from bench.train import Ours
+from bench.workloads import Workload, by_name
+
+STEPS = 3
+
+
+def measure(workload: Workload) -> list[dict[str, Any]]:
+    """Return the row of one workload."""
+    peaks = {way: _peak(workload, way) for way in ("built_in", "custom")}
+    return [
+        {
+            "speed": "custom memory",
+            "workload": workload.name,
+            "ours": f"{peaks['custom'] / 1024:,.0f} MiB peak",
+            "against": f"built-in {peaks['built_in'] / 1024:,.0f} MiB peak",
+            "ratio": round(peaks["custom"] / peaks["built_in"], 3),
+            "wanted": "<= 1.10",
+        }
+    ]
+
+
+def _peak(workload: Workload, way: str) -> int:
+    """Return the greatest resident size of a process that trains this way, in KiB."""
+    command = [sys.executable, "-m", "bench.memory", workload.key, workload.model, way]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(json.loads(answer.stdout.splitlines()[-1]))
+
+
+def main(key: str, model: str, way: str) -> None:
+    """Train a few steps one way and print this process's peak."""
+    ours = Ours(by_name(key, model))
+    with ours.service:
+        for _ in range(STEPS):
+            getattr(ours, way)()
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
