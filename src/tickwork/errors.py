@@ -105,7 +105,7 @@ class RequestCancelledError(RequestFailedError):
 
 
 class EngineStoppedError(RequestFailedError):
-    """The engine died or was aborted before the request ran; ``__cause__`` says why."""
+    """The engine died or was aborted before the request ran; the chain of ``__cause__`` says why."""
 
     category = RequestErrorCategory.SERVER
 

@@ -109,16 +109,16 @@ class FakeExecutor:
 
     async def _work(self, stage: Stage) -> list[Outcome]:
         await trio.lowlevel.checkpoint()
-        refused = self._admit(stage.samples)
+        outcomes = self._admit(stage.samples)
         for item in stage.passes:
             await trio.sleep(item.tokens * self._token_cost)
-        outcomes = [self._outcome(request) for request in _requests(stage)]
+            outcomes += [self._outcome(piece.request) for piece in item.pieces if piece.last]
         for request in stage.steps:
             await trio.sleep(self._step_cost)
             outcomes.append(self._outcome(request))
         if stage.decode:
             outcomes += await self._decode(stage.decode)
-        return refused + outcomes
+        return outcomes
 
     def _admit(self, samples: Iterable[Request]) -> list[Outcome]:
         seen = [(request, self._outcome(request)) for request in samples]
@@ -174,8 +174,3 @@ async def open_engine(executor: Executor, **settings: Unpack[EngineSettings]) ->
         portal: Portal = await nursery.start(engine.run)
         yield engine, portal
         portal.close()
-
-
-def _requests(stage: Stage) -> Iterable[Request]:
-    """Return the requests of a stage's passes, each once."""
-    return dict.fromkeys(piece.request for item in stage.passes for piece in item.pieces)

@@ -20,6 +20,8 @@ from tickwork.futures import no_blocking
 
 # The shortest turn of decoding between two cycles, in seconds.
 DECODE_SLICE = 0.05
+# The longest that decoding goes on without looking up: an abort waits for it.
+DECODE_TURN = 0.25
 
 
 class Started(Protocol):
@@ -102,10 +104,11 @@ class Engine:
         self._clock = Clock(cycle_period, max_tokens_per_pass)
         self._max_tokens = max_tokens_per_pass
         self._max_queued = max_queued_tokens
-        self._queue = Queue(self._arrived)
+        self._queue = Queue(self._take)
         self._live: set[Request] = set()
         self._count = _Counters()
         self._portal: Portal | None = None
+        self._nursery: trio.Nursery | None = None
         self._now: Callable[[], float] = lambda: 0.0
 
     async def run(self, *, task_status: Started = trio.TASK_STATUS_IGNORED) -> None:
@@ -123,8 +126,7 @@ class Engine:
         try:
             with no_blocking():
                 async with self._executor.open():
-                    task_status.started(self._portal)
-                    await self._run_all()
+                    await self._run_all(task_status)
         except BaseException as error:
             self._fail_all(error)
             raise
@@ -151,54 +153,57 @@ class Engine:
             },
         )
 
-    async def _run_all(self) -> None:
+    async def _run_all(self, task_status: Started) -> None:
         # The loop's own error must leave without an ExceptionGroup around it, hence the detour.
         death: Exception | None = None
+        assert self._portal is not None
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started(self._portal)
             try:
-                await self._cycles(nursery)
+                await self._cycles()
             except Exception as error:
                 death = error
                 nursery.cancel_scope.cancel("the executor died")
         if death is not None:
             raise death
 
-    async def _cycles(self, nursery: trio.Nursery) -> None:
+    async def _cycles(self) -> None:
         while True:
             if not self._executor.sampling:
                 await self._clock.wait(self._queue)
-            spent = await self._cycle(nursery) if self._clock.due(self._queue) else 0.0
+            spent = await self._cycle() if self._clock.due(self._queue) else 0.0
             if self._executor.sampling:
                 # Training and decoding get equal shares of a busy device.
                 await self._decode(max(DECODE_SLICE, spent))
             elif self._queue.closed and not self._queue.pending:
                 return
 
-    async def _cycle(self, nursery: trio.Nursery) -> float:
+    async def _cycle(self) -> float:
         requests = self._queue.drain()
         self._live.update(requests)
-        for request in requests:
-            if request.kind == "call":
-                nursery.start_soon(self._call, request)
-        planned = [request for request in requests if request.kind != "call"]
-        self._note_cycle(planned)
-        stages = plan(planned, self._max_tokens)
+        self._note_cycle(requests)
+        stages = plan(requests, self._max_tokens)
         return sum([await self._run(job) for stage in stages for job in stage.jobs()])
 
     async def _decode(self, seconds: float) -> None:
         until = trio.current_time() + seconds
         while self._executor.sampling and (left := until - trio.current_time()) > 0:
-            await self._run(Stage(decode=left))
+            await self._run(Stage(decode=min(left, DECODE_TURN)))
             if any(request.kind == "sample" for request in self._queue.pending):
                 return  # those join the batch before it goes on
 
-    def _arrived(self, request: Request) -> None:
+    def _take(self, request: Request) -> bool:
+        """Start a call at once, beside the cycles; end a turn of decoding for a sample that waits to join."""
+        if request.kind == "call" and self._nursery is not None:
+            self._live.add(request)
+            self._nursery.start_soon(self._call, request)
+            return True
         if request.kind == "sample":
             self._executor.nudge()
+        return False
 
     def _note_cycle(self, requests: list[Request]) -> None:
-        if not requests:
-            return
         for lane in {request.lane for request in requests}:
             self._count.lane_first.setdefault(lane, self._count.cycles)
             self._count.lane_cycles[lane] += 1

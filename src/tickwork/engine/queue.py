@@ -14,14 +14,14 @@ class Queue:
     """Requests in order of arrival.
 
     Args:
-        arrived: told of each request taken in; must not raise.
+        take: asked about each request first; True if it has taken care of it. Must not raise.
 
     Room: the engine's thread; ``post`` and ``close`` are called there by ``TrioToken.run_sync_soon``, whose
     callbacks must never raise.
     """
 
-    def __init__(self, arrived: Callable[[Request], object] = lambda _: None) -> None:
-        self._arrived = arrived
+    def __init__(self, take: Callable[[Request], bool] = lambda _: False) -> None:
+        self._take = take
         self.pending: list[Request] = []
         self.tokens = 0
         self.closed = False
@@ -37,11 +37,12 @@ class Queue:
         if self.closed:
             request.future.set_error(self._refusal)
             return
+        if self._take(request):
+            return
         request.received = trio.current_time()
         self.pending.append(request)
         self.tokens += request.tokens
         self.peak = max(self.peak, len(self.pending))
-        self._arrived(request)
         self._wake()
 
     def close(self, error: Exception | None = None) -> None:
