@@ -1,0 +1,182 @@
+"""The command line: the demos' last line, tables and JSON, errors as one line, interrupts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from peft import PeftConfig
+
+from tickwork.cli import main
+from tickwork.recipes import rl, sft
+
+TICKWORK = [sys.executable, "-m", "tickwork.cli"]
+
+
+def run(*arguments: str, text: str | None = None) -> Result:
+    """Run a command in this process."""
+    return CliRunner().invoke(main, arguments, input=text)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A store with what a short demo saved, and the demo's last line."""
+    store = tmp_path_factory.mktemp("store")
+    command = [*TICKWORK, "demo", "--steps", "12", "--store", str(store)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    yield store, json.loads(answer.stdout.splitlines()[-1])
+
+
+def test_the_demo_learns_and_ends_with_one_json_object(demo: tuple[Path, dict[str, Any]]) -> None:
+    """The last line holds the promised figures; a dozen steps already lower the loss by far."""
+    store, result = demo
+
+    assert set(result) >= {"loss_before", "loss_after", "exact_match_before", "exact_match_after", "seconds"}
+    assert result["loss_after"] < 0.5 * result["loss_before"]
+    assert result["exact_match_before"] <= 0.05
+    assert result["tokens_per_second"] > 0
+    assert result["checkpoint"].startswith("tinker://")
+    assert (Path(result["folder"]) / "adapter_model.safetensors").is_file()
+    assert Path(result["folder"]).is_relative_to(store)
+
+
+def test_runs_and_checkpoints_are_listed_as_table_and_as_json(demo: tuple[Path, dict[str, Any]]) -> None:
+    """The JSON is whole; the table shows the whole path, folded if need be."""
+    store, result = demo
+    runs = json.loads(run("runs", "--store", str(store), "--json").stdout)
+    listed = json.loads(run("checkpoints", "list", "--store", str(store), "--json").stdout)
+    table = run("checkpoints", "list", "--store", str(store)).stdout
+
+    assert runs[0]["training_run_id"] in result["checkpoint"]
+    assert [each["tinker_path"] for each in listed] == [result["checkpoint"]]
+    assert "training" in table
+    assert json.loads(run("checkpoints", "list", "--run", "nobody", "--store", str(store), "--json").stdout) == []
+
+
+def test_info_tells_where_a_checkpoint_lies(demo: tuple[Path, dict[str, Any]]) -> None:
+    """Steps, rank and folder of a checkpoint are at hand."""
+    store, result = demo
+    meta = json.loads(run("checkpoints", "info", result["checkpoint"], "--store", str(store), "--json").stdout)
+
+    assert (meta["steps"], meta["lora"]["rank"], meta["folder"]) == (12, 16, result["folder"])
+    assert "lora" in run("checkpoints", "info", result["checkpoint"], "--store", str(store)).stdout
+
+
+def test_export_writes_what_peft_reads_and_nothing_is_overwritten(
+    demo: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """An exported folder has PEFT's configuration; a second export to it is refused."""
+    store, result = demo
+    target = tmp_path / "adapter"
+    first, second = (
+        run("checkpoints", "export", result["checkpoint"], str(target), "--store", str(store)) for _ in "12"
+    )
+
+    assert first.exit_code == 0
+    assert PeftConfig.from_pretrained(str(target)).r == 16
+    assert second.exit_code == 1
+    assert "exists" in second.output
+
+
+def test_delete_asks_and_deletes(tmp_path: Path, demo: tuple[Path, dict[str, Any]]) -> None:
+    """No is no; yes deletes; what is gone is an error that names it."""
+    from tickwork import ServiceClient
+
+    with ServiceClient(store=tmp_path) as service:
+        path = service.create_lora_training_client("tickwork/tiny", rank=1, seed=0).save_state("x").result(60).path
+    refused = run("checkpoints", "delete", path, "--store", str(tmp_path), text="n\n")
+    kept = json.loads(run("checkpoints", "list", "--store", str(tmp_path), "--json").stdout)
+    done = run("checkpoints", "delete", path, "-y", "--store", str(tmp_path))
+    again = run("checkpoints", "delete", path, "-y", "--store", str(tmp_path))
+
+    assert (refused.exit_code, len(kept), done.exit_code, again.exit_code) == (1, 1, 0, 1)
+    assert f"there is no checkpoint {path}" in again.output
+
+
+def test_models_lists_what_is_shipped() -> None:
+    """The shipped model stands in the table and in the JSON."""
+    assert "tickwork/tiny" in run("models").stdout
+    assert json.loads(run("models", "--json").stdout)[0]["max_context_length"] == 512
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["checkpoints", "info", "tinker://a/b/c"], "is not of the form"),
+        (["checkpoints", "info", "tinker://a/weights/c"], "there is no checkpoint"),
+        (["demo", "--steps", "0"], "--steps"),
+        (["train"], "No such command"),
+    ],
+)
+def test_errors_are_one_line_and_a_status(tmp_path: Path, arguments: list[str], said: str) -> None:
+    """Wrong input ends with a message and without a traceback."""
+    result = run(*arguments, *(["--store", str(tmp_path)] if arguments[0] == "checkpoints" else []))
+
+    assert result.exit_code in (1, 2)
+    assert said in result.output
+    assert "Traceback" not in result.output
+
+
+def test_an_empty_store_is_an_empty_list(tmp_path: Path) -> None:
+    """Listing a store that was never written is no error, and makes no folder."""
+    assert json.loads(run("runs", "--store", str(tmp_path / "none"), "--json").stdout) == []
+    assert not (tmp_path / "none").exists()
+
+
+def test_control_c_ends_the_demo_soon_and_quietly(tmp_path: Path) -> None:
+    """An interrupt ends the current pass, then the process, with a status and without a traceback."""
+    command = [*TICKWORK, "demo", "--steps", "100000", "--store", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("runs/*/run.json")):
+            assert process.poll() is None
+            os.sched_yield()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+
+
+def test_rl_settings_and_datums_cover_exactly_the_drawn_tokens() -> None:
+    """The advantage lies on the drawn tokens, and the logprobs are those they were drawn with."""
+    from tickwork import SampledSequence
+
+    sequence = SampledSequence("stop", [5, 6, 257], [-0.5, -0.25, -0.125])
+    datum = rl.rl_datum([1, 2, 3], sequence, 2.0)
+
+    assert datum.model_input.to_ints() == [1, 2, 3, 5, 6]
+    assert datum.loss_fn_inputs["target_tokens"].data == [2, 3, 5, 6, 257]
+    assert datum.loss_fn_inputs["advantages"].data == [0, 0, 2, 2, 2]
+    assert datum.loss_fn_inputs["logprobs"].data == [0, 0, -0.5, -0.25, -0.125]
+
+
+def test_groups_of_equal_reward_teach_nothing() -> None:
+    """Without a spread of rewards there is no advantage, and no datum."""
+    from tickwork import SampledSequence
+
+    sequences = [SampledSequence("stop", [5], [-1.0]), SampledSequence("stop", [6], [-1.0])]
+
+    assert rl.Group([1, 2], sequences, [1.0, 1.0]).data() == []
+    assert [d.loss_fn_inputs["advantages"].data[-1] for d in rl.Group([1, 2], sequences, [1.0, 0.0]).data()] == [1, -1]
+
+
+def test_the_focal_loss_is_what_it_says() -> None:
+    """The custom loss of the demo weighs a token by 1 - p."""
+    import torch
+
+    from tickwork import Datum, ModelInput
+
+    datum = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": [2, 3], "weights": [1.0, 0.0]})
+    logp = torch.log(torch.tensor([0.25, 0.5])).requires_grad_()
+    loss, metrics = sft.focal_loss([datum], [logp])
+
+    assert float(loss.detach()) == pytest.approx(-0.75 * float(logp[0].detach()))
+    assert metrics == {"datums:sum": 1.0}
