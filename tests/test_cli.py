@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,12 @@ def run(*arguments: str, text: str | None = None) -> Result:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A store with what a short demo saved, and the demo's last line."""
     store = tmp_path_factory.mktemp("store")
     command = [*TICKWORK, "demo", "--steps", "12", "--store", str(store)]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    yield store, json.loads(answer.stdout.splitlines()[-1])
+    return store, json.loads(answer.stdout.splitlines()[-1])
 
 
 def test_the_demo_learns_and_ends_with_one_json_object(demo: tuple[Path, dict[str, Any]]) -> None:

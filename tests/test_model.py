@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, MixtralConfig
 
 from models import (
@@ -235,3 +236,15 @@ def test_an_unreadable_folder_is_refused(tmp_path: Path, file: str, content: byt
     if content is not None:
         (place / file).write_bytes(content)
     assert_refused(str(place))
+
+
+def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """Weights that are not in the file are not made up."""
+    lame = tmp_path / "lame"
+    shutil.copytree(folder("llama"), lame)
+    tensors = load_file(lame / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, lame / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ModelLoadError, match=r"lacks the weights model\.norm\.weight"):
+        BaseModel(str(lame), CPU, torch.float32)

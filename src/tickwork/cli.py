@@ -39,8 +39,8 @@ class Command(click.Group):
         """Run the command; a TickworkError ends it with exit status 1."""
         try:
             return super().invoke(ctx)
-        except* tickwork.TickworkError as errors:
-            raise click.ClickException("; ".join(str(error) for error in _leaves(errors))) from None
+        except tickwork.TickworkError as error:
+            raise click.ClickException(str(error)) from None
 
 
 @click.group(cls=Command)
@@ -214,13 +214,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, datetime):
         return value.astimezone().isoformat(" ", "seconds")
     return "-" if value is None else str(value)
-
-
-def _leaves(errors: BaseExceptionGroup[Any]) -> list[BaseException]:
-    found: list[BaseException] = []
-    for error in errors.exceptions:
-        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return found
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ async def open_service(
 ) -> AsyncIterator[ServiceClient]:
     """Run a service in a nursery of the calling Trio task; arguments as for ``ServiceClient``.
 
-    Leaving normally drains what was accepted. An error in the body, or the engine's death, cancels the other.
+    Leaving normally drains what was accepted. An error in the body cancels the engine, and the engine's death the
+    body; either leaves as it is, not in an ExceptionGroup.
     """
     service = ServiceClient(user_metadata, store=store, device=device, dtype=dtype, cycle_period=cycle_period, max_tokens_per_pass=max_tokens_per_pass)  # fmt: skip  # noqa: E501
     async with hosted(service.host):
@@ -33,13 +34,22 @@ async def open_service(
 @asynccontextmanager
 async def hosted(host: Host) -> AsyncIterator[None]:
     """Run a host's engine in a nursery of the calling Trio task."""
-    async with trio.open_nursery() as nursery:
-        portal = await nursery.start(host.engine.run)
-        host.attach(portal)
-        try:
-            yield
-        except BaseException:
-            nursery.cancel_scope.cancel("the body of open_service failed")
-            raise
-        portal.close()
-    host.close()
+    failure: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            host.attach(await nursery.start(host.engine.run))
+            try:
+                yield
+            except trio.Cancelled:
+                raise
+            except BaseException as error:
+                failure = error  # to leave as it is, without an ExceptionGroup around it
+                nursery.cancel_scope.cancel("the body of open_service failed")
+            else:
+                host.portal.close()
+    except BaseExceptionGroup as group:
+        raise (group.exceptions[0] if len(group.exceptions) == 1 else group) from None
+    finally:
+        host.close(abort=True)
+    if failure is not None:
+        raise failure

@@ -136,7 +136,7 @@ class Draw:
     def answer(self) -> SampleResponse:
         """Build the response, once ``done``."""
         payload, length = self.payload, len(self.payload.prompt)
-        name = f"{id(self.request):x}"
+        name = secrets.token_hex(8)
         sequences = [
             SampledSequence(
                 strand.reason or "length",

@@ -15,7 +15,6 @@ from tickwork_kernels import Lora, multi_lora
 
 # ``W' = W + (32 / rank) * B @ A``: fixed, so that one learning rate serves all ranks.
 ALPHA = 32
-HEAD = "lm_head"
 ATTENTION_PARTS = ("attn", "attention")
 
 
@@ -94,14 +93,15 @@ class Adapter:
     @property
     def head(self) -> Lora | None:
         """The head's part, if the head is adapted."""
-        if HEAD not in self.tensors:
+        path = next((path for path in self.tensors if is_head(path)), None)
+        if path is None:
             return None
-        a, b = (tensor.detach() for tensor in self.tensors[HEAD])
+        a, b = (tensor.detach() for tensor in self.tensors[path])
         return Lora(a, b, self.scale)
 
     def body(self) -> list[torch.Tensor]:
         """The leaves that the packed forward goes through: all but the head's."""
-        return [tensor for path, pair in self.tensors.items() if path != HEAD for tensor in pair]
+        return [tensor for path, pair in self.tensors.items() if not is_head(path) for tensor in pair]
 
     def named(self, arena: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Return PEFT's names with views of this arena, or of another of its size (moments)."""
@@ -115,9 +115,14 @@ class Adapter:
         return names
 
 
+def is_head(path: str) -> bool:
+    """Whether a projection is the head: in every causal model of transformers it alone lies at the top."""
+    return "." not in path
+
+
 def wanted(path: str, config: LoraConfig) -> bool:
     """Whether a configuration adapts the projection at ``path``."""
-    if path == HEAD:
+    if is_head(path):
         return config.train_unembed
     attention = any(word in part for part in path.split(".") for word in ATTENTION_PARTS)
     return config.train_attn if attention else config.train_mlp
@@ -127,12 +132,13 @@ def install(model: Any, current: Mapping[str, Packed]) -> dict[str, tuple[int, i
     """Wrap every projection of the decoder's layers in a ``LoraLinear``; return path -> ``(d_in, d_out)``."""
     shapes: dict[str, tuple[int, int]] = {}
     head = model.get_output_embeddings()
+    head_path = next(path for path, module in model.named_modules() if module is head)
     for path, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
             parent = model.get_submodule(path.rpartition(".")[0])
             setattr(parent, path.rpartition(".")[2], LoraLinear(module, path, current))
             shapes[path] = _features(module)
-    shapes[HEAD] = _features(head)
+    shapes[head_path] = _features(head)  # last, as Trainable.accumulate expects
     return shapes
 
 

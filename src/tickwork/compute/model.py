@@ -110,7 +110,9 @@ def _load(name: str, dtype: torch.dtype) -> Any:
         raise ModelLoadError(f"base_model {name!r}: there is no such folder")
     try:
         # Eager, because that is the definition: transformers' sdpa leaves out Gemma 2's softcap.
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation="eager")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError, safetensors' and hub errors for what is one case here.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -118,6 +120,10 @@ def _load(name: str, dtype: torch.dtype) -> Any:
             f"base_model {name!r} could not be loaded: {reason} (a shipped model is 'tickwork/tiny'; "
             "otherwise give a local folder or a hub name that is reachable)"
         ) from error
+    model, found = loaded
+    if found["missing_keys"]:
+        # transformers would go on with random values in their place.
+        raise ModelLoadError(f"base_model {name!r} lacks the weights {', '.join(sorted(found['missing_keys'])[:3])} …")
     if any(getattr(model.config.get_text_config(), key, None) for key in ("num_experts", "num_local_experts")):
         raise ModelLoadError(f"base_model {name!r} is a mixture of experts, which is not supported")
     return model
