@@ -12,6 +12,8 @@ import tickwork
 from bench.peft_loop import PeftLoop
 from bench.workloads import RANK, Workload
 
+# Seconds between two measurements: the other way's OpenMP threads must have stopped spinning.
+PAUSE = 0.3
 ADAM = tickwork.AdamParams(learning_rate=1e-4)
 
 
@@ -75,6 +77,7 @@ def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
     gc.collect()
     for turn in range(rounds + 2):
         for name, act in ways.items():
+            time.sleep(PAUSE)
             begun = time.perf_counter()
             act()
             if turn >= 2:

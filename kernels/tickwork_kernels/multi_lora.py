@@ -41,10 +41,11 @@ def multi_lora(x: torch.Tensor, y: torch.Tensor, segments: Sequence[LoraSegment]
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
+    if len(segments) == 1:
+        return _segment(x, y, segments[0])
     # Split rather than slice: the backward of a slice fills a tensor of the whole batch with zeros.
     sizes = [segment.stop - segment.start for segment in segments]
-    parts = [_segment(*part) for part in zip(x.split(sizes), y.split(sizes), segments, strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat([_segment(*part) for part in zip(x.split(sizes), y.split(sizes), segments, strict=True)])
 
 
 def _segment(x: torch.Tensor, y: torch.Tensor, segment: LoraSegment) -> torch.Tensor:

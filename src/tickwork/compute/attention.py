@@ -8,6 +8,7 @@ Causality keeps the padding of a rectangle out of the rows: padded keys come aft
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,17 +70,19 @@ def packed_attention(
     layer = int(getattr(module, "layer_idx", 0))
     if packed.pool is not None and packed.slots is not None:
         packed.pool.append(layer, k, v, packed.slots, packed.positions[0])
-    # Split rather than slice: the backward of a slice fills a tensor of the whole batch with zeros.
-    sizes = [block.stop - block.start for block in packed.blocks]
     parts = [
         _fresh(own_q, own_k, own_v, block, scale, sliding_window, softcap)
         if block.slots is None
         else _cached(own_q, packed, layer, block, scale, sliding_window, softcap)
-        for own_q, own_k, own_v, block in zip(
-            q.split(sizes), k.split(sizes), v.split(sizes), packed.blocks, strict=True
-        )
+        for own_q, own_k, own_v, block in zip(*(_by_block(t, packed) for t in (q, k, v)), packed.blocks, strict=True)
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _by_block(x: torch.Tensor, packed: Packed) -> Sequence[torch.Tensor]:
+    """Cut into the blocks' tokens; not by slices, whose backward fills a tensor of the whole batch with zeros."""
+    sizes = [block.stop - block.start for block in packed.blocks]
+    return (x,) if len(sizes) == 1 else x.split(sizes)
 
 
 def _fresh(
