@@ -139,8 +139,14 @@ def raises(data: Any, logprobs: Any) -> Any:
     raise ZeroDivisionError("oops")
 
 
+def exits(data: Any, logprobs: Any) -> Any:
+    """Try to end the program."""
+    raise SystemExit(3)
+
+
 CUSTOM: dict[str, tuple[Any, str]] = {
     "raises": (raises, r"raised ZeroDivisionError: oops \(line \d+ of .*test_bad_input.py\)"),
+    "exits": (exits, r"raised SystemExit: 3"),
     "non-scalar": (lambda data, lps: (lps[0], {}), r"must be a scalar float tensor, not \(26,\)"),
     "a number": (lambda data, lps: (1.0, {}), r"must be a scalar float tensor, not float"),
     "detached": (lambda data, lps: (lps[0].detach().sum(), {}), r"is detached"),

@@ -173,7 +173,7 @@ def call_custom(
     with torch.enable_grad():
         try:
             answer = loss_fn(given, list(leaves))
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: the device thread is not the caller's to end
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise LossError(
                 f"the custom loss raised {type(error).__name__}: {error} (line {last.lineno} of {last.filename})"

@@ -6,7 +6,7 @@ fails in a later pass takes back what its earlier ones added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import attrs
 import numpy as np
@@ -16,7 +16,7 @@ from tickwork.compute.losses import TOKEN_LOSSES, call_custom, settings
 from tickwork.compute.model import BaseModel
 from tickwork.compute.optimizer import Trainable
 from tickwork.compute.rows import Row, pack
-from tickwork.engine.plan import Piece
+from tickwork.engine.plan import Phase, Piece
 from tickwork.engine.request import Request
 from tickwork.errors import CapacityError, LossError, RequestFailedError
 from tickwork.requests import ForwardBackward
@@ -281,10 +281,10 @@ def _halves(work: Sequence[tuple[Progress, Piece]]) -> list[list[tuple[Progress,
         return []
     progress.several = True
     middle = (piece.start + piece.stop) // 2
-    cut: Callable[[Piece], list[Piece]] = lambda p: [attrs.evolve(p, stop=middle), attrs.evolve(p, start=middle)]  # noqa: E731
     whole = piece.phase == "run" and piece.request.whole
-    pieces = [piece] if not whole else [attrs.evolve(piece, phase="probe"), attrs.evolve(piece, phase="apply")]
-    return [[(progress, part)] for whole_piece in pieces for part in cut(whole_piece)]
+    phases: tuple[Phase, ...] = ("probe", "apply") if whole else (piece.phase,)
+    bounds = ((piece.start, middle), (middle, piece.stop))
+    return [[(progress, attrs.evolve(piece, start=a, stop=b, phase=p))] for p in phases for a, b in bounds]
 
 
 def _too_large(progress: Progress, piece: Piece) -> CapacityError:
