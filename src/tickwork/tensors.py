@@ -109,6 +109,17 @@ class TensorData:
         wide = tensor.float() if tensor.is_floating_point() else tensor
         return cls.from_numpy(wide.cpu().numpy())
 
+    @classmethod
+    def from_torch_sparse(cls, tensor: torch.Tensor) -> TensorData:
+        """Copy a torch tensor; one of two dimensions that is mostly zeros is kept in compressed sparse rows."""
+        dense = cls.from_torch(tensor)
+        array = dense.to_numpy()
+        if array.ndim != 2 or len(array) + 1 + 2 * np.count_nonzero(array) >= array.size:
+            return dense
+        rows, columns = np.nonzero(array)
+        starts = np.searchsorted(rows, np.arange(len(array) + 1))
+        return cls(array[rows, columns], dense.dtype, array.shape, starts.tolist(), columns.tolist())
+
 
 def _check_layout(
     values: np.ndarray, shape: tuple[int, ...], crow: tuple[int, ...] | None, col: tuple[int, ...] | None

@@ -161,7 +161,7 @@ class Sampler:
                     room -= 1
                     token = np.array(strand.tokens[-1:], dtype=np.int64)
                     yield draw, strand, Row(token, draw.adapter, strand.length, strand.slot)
-        room = max(room, self._max_tokens // 4)  # or a large decode batch would keep prompts out
+        room = max(room, self._max_tokens // 4, 1)  # or a large decode batch would keep prompts out
         for draw in self._active:
             if not draw.decoding and room > 0:
                 part = np.array(draw.payload.prompt[draw.prefilled : draw.prefilled + room], dtype=np.int64)
