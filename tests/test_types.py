@@ -108,8 +108,9 @@ def test_chunks_that_are_not_text_are_refused_by_name() -> None:
         chunks = (EncodedTextChunk([1]), Image())
 
     class Foreign:
-        model_input = Input()
-        loss_fn_inputs: dict[str, object] = {}
+        def __init__(self) -> None:
+            self.model_input = Input()
+            self.loss_fn_inputs: dict[str, object] = {}
 
     with pytest.raises(InvalidRequestError, match=r"data\[0\]: model_input.chunks\[1\]: 'image' is not offered"):
         as_data([Foreign()])
