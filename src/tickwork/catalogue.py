@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote
 import attrs
 
 from tickwork.errors import CheckpointError, InvalidRequestError
-from tickwork.files import remove, write_json
+from tickwork.files import recover, remove, write_json
 from tickwork.results import (
     KIND_TYPES,
     Checkpoint,
@@ -38,8 +38,9 @@ from tickwork.types import LoraConfig
 
 FORMAT = 1
 META = "tickwork.json"
-# What common file systems allow.
-FILE_NAME_BYTES = 255
+LONGEST_TTL = 315_360_000
+# Common file systems allow 255; a folder that is on its way has a prefix besides.
+FILE_NAME_BYTES = 245
 
 
 @attrs.frozen
@@ -110,6 +111,7 @@ class Catalogue:
         self.temporary = folder is None
         self.root = Path(tempfile.mkdtemp(prefix="tickwork-") if folder is None else folder).absolute()
         self.lock = threading.RLock()
+        recover(self.root / "runs")
         if self.temporary:
             self._cleanup = weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
 
@@ -157,7 +159,7 @@ class Catalogue:
 
     def runs(self) -> list[TrainingRun]:
         """Return all runs, newest first."""
-        found = [self._run(folder) for folder in _folders(self.root / "runs") if (folder / "run.json").exists()]
+        found = [run for folder in _folders(self.root / "runs") if (run := self._run(folder)) is not None]
         return sorted(found, key=lambda run: run.last_request_time, reverse=True)
 
     def run(self, run_id: str) -> TrainingRun:
@@ -166,9 +168,10 @@ class Catalogue:
         Raises:
             CheckpointError: unknown.
         """
-        if not (self.run_folder(run_id) / "run.json").exists():
+        run = self._run(self.run_folder(run_id))
+        if run is None:
             raise CheckpointError(f"there is no training run {run_id!r}")
-        return self._run(self.run_folder(run_id))
+        return run
 
     def checkpoints(self, run_id: str | None = None) -> list[Checkpoint]:
         """Return the checkpoints of one run or of all, newest first; expired ones are deleted on the way."""
@@ -205,8 +208,12 @@ class Catalogue:
             meta = attrs.evolve(self.meta(path), expires_at=expiry(ttl_seconds))
             write_json(self.folder(path) / META, as_json(meta))
 
-    def _run(self, folder: Path) -> TrainingRun:
-        data = json.loads((folder / "run.json").read_text())
+    def _run(self, folder: Path) -> TrainingRun | None:
+        try:
+            data = json.loads((folder / "run.json").read_text())
+            rank = int(data["lora"]["rank"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # not a run, or a damaged one, which must not spoil a listing
         saved = self.checkpoints(unquote(folder.name))
         latest = {kind: next((c for c in saved if c.checkpoint_type == kind), None) for kind in KIND_TYPES.values()}
         return TrainingRun(
@@ -215,7 +222,7 @@ class Catalogue:
             model_owner="local",
             is_lora=True,
             last_request_time=max([datetime.fromisoformat(data["time"]), *(c.time for c in saved)]),
-            lora_rank=data["lora"]["rank"],
+            lora_rank=rank,
             last_checkpoint=latest["training"],
             last_sampler_checkpoint=latest["sampler"],
             user_metadata=data["user_metadata"] or None,
@@ -243,8 +250,10 @@ def expiry(ttl_seconds: int | None) -> datetime | None:
     """
     if ttl_seconds is None:
         return None
-    if isinstance(ttl_seconds, bool) or not isinstance(ttl_seconds, int) or ttl_seconds < 1:
-        raise InvalidRequestError(f"{ttl_seconds!r}; a whole number of seconds, at least 1", field="ttl_seconds")
+    if isinstance(ttl_seconds, bool) or not isinstance(ttl_seconds, int) or not 1 <= ttl_seconds <= LONGEST_TTL:
+        raise InvalidRequestError(
+            f"{ttl_seconds!r}; a whole number of seconds, 1 to {LONGEST_TTL} (ten years)", field="ttl_seconds"
+        )
     return datetime.now(UTC) + timedelta(seconds=ttl_seconds)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 import click
 import trio
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -39,8 +40,12 @@ class Command(click.Group):
         """Run the command; a TickworkError ends it with exit status 1."""
         try:
             return super().invoke(ctx)
-        except tickwork.TickworkError as error:
+        except (tickwork.TickworkError, OSError) as error:
             raise click.ClickException(str(error)) from None
+        except BaseExceptionGroup as group:
+            if group.subgroup(KeyboardInterrupt) is not None:
+                raise click.Abort from None
+            raise
 
 
 @click.group(cls=Command)
@@ -57,6 +62,9 @@ def main() -> None:
 def demo(context: click.Context, store: Path, seed: int, steps: int) -> None:
     """Fine-tune the shipped model on pig latin and show that it has learnt it; `demo rl` for RL."""
     if context.invoked_subcommand is not None:
+        given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        if given:
+            raise click.UsageError(f"--{given[0]} belongs after {context.invoked_subcommand!r}")
         return
     from tickwork.recipes import sft  # noqa: PLC0415
 
@@ -129,6 +137,7 @@ def info(path: str, store: Path, as_text: bool) -> None:
 def delete(paths: Sequence[str], yes: bool, store: Path) -> None:
     """Delete checkpoints by their tinker:// paths."""
     catalogue = Catalogue(store)
+    paths = list(dict.fromkeys(paths))
     for path in paths:
         catalogue.meta(path)
     if not yes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tickwork.errors import InvalidRequestError
@@ -12,8 +12,42 @@ from tickwork.tensors import as_tensor_data
 from tickwork.types import AdamParams, Datum, EncodedTextChunk, ModelInput, SamplingParams
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a value is a real, finite number that a float can hold."""
+    try:
+        return not isinstance(value, bool | str | bytes) and math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def as_integer(value: Any, field: str) -> int:
+    """Turn a whole number of any kind, numpy's too, into an int."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise InvalidRequestError(f"{value!r} is not an integer", field=field)
+
+
+def as_metadata(value: Any) -> dict[str, str]:
+    """Turn user metadata into a plain dict of strings."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(x, str) for pair in value.items() for x in pair):
+        raise InvalidRequestError(f"{value!r} is not a mapping of strings to strings", field="user_metadata")
+    return dict(value)
+
+
+def as_config(value: Any) -> dict[str, Any]:
+    """Turn a loss's configuration into a plain dict."""
+    if value is not None and not isinstance(value, Mapping):
+        raise InvalidRequestError(f"{value!r} is not a mapping of settings", field="loss_fn_config")
+    return dict(value or {})
+
+
 def as_data(data: Any) -> tuple[Datum, ...]:
-    """Turn a sequence of datums into ours.
+    """Turn a sequence of datums into copies of our own, which the caller can not change afterwards.
 
     Raises:
         InvalidRequestError: naming the datum and the field.
@@ -24,8 +58,6 @@ def as_data(data: Any) -> tuple[Datum, ...]:
 
 
 def _as_datum(item: Any, index: int) -> Datum:
-    if isinstance(item, Datum) and isinstance(item.model_input, ModelInput):
-        return item
     if not hasattr(item, "model_input") or not hasattr(item, "loss_fn_inputs"):
         raise InvalidRequestError(f"{type(item).__name__} is not a Datum", datum=index)
     for name in ("model_input_spans", "loss_fn_input_spans"):
@@ -67,7 +99,7 @@ def as_adam_params(value: Any) -> AdamParams:
     params = {name: getattr(value, name) for name in names}
     for name, number in params.items():
         below = 1.0 if name.startswith("beta") else math.inf
-        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < below:
+        if not is_finite(number) or not 0 <= number < below:
             raise InvalidRequestError(f"{number!r}; a number in [0, {below})", field=f"adam_params.{name}")
     return AdamParams(**{name: float(number) for name, number in params.items()})
 

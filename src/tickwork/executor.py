@@ -108,7 +108,7 @@ class LocalExecutor:
         return outcomes
 
     def _main(self, token: trio.lowlevel.TrioToken, ended: trio.Event) -> None:
-        with no_blocking():
+        with no_blocking(device=True):
             while (job := self._jobs.get()) is not None:
                 act, reply = job
                 reply(outcome.capture(act))

@@ -6,9 +6,15 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Any
+
+# Folders on their way in, on their way out, and stepping aside for a new one of their name.
+NEW, GONE, ASIDE = ".new-", ".gone-", ".aside-"
+# Seconds after which a folder on its way is taken to be left over from a crash, not at work in another process.
+ABANDONED = 3600
 
 
 def checksum(file: Path) -> str:
@@ -38,22 +44,42 @@ def sync(path: Path) -> None:
 
 
 def put(folder: Path, target: Path) -> None:
-    """Give a finished folder its name; a folder of that name goes only once the new one stands."""
-    doomed = target.with_name(f".gone-{uuid.uuid4().hex}")
+    """Give a finished folder its name; one of that name steps aside and goes only once the new one stands.
+
+    After a crash in between, ``recover`` gives the name back to the old folder.
+    """
+    aside = target.with_name(f"{ASIDE}{target.name}")
     if target.exists():
-        os.replace(target, doomed)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(target, aside)
     try:
         os.replace(folder, target)
     except OSError:
-        if doomed.exists():
-            os.replace(doomed, target)
+        if aside.exists():
+            os.replace(aside, target)
         raise
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
     """Delete a folder so that it never shows half deleted: first its name goes, then its files."""
-    doomed = folder.with_name(f".gone-{uuid.uuid4().hex}")
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    doomed = folder.with_name(f"{GONE}{uuid.uuid4().hex}")
+    try:
+        os.replace(folder, doomed)
+    except FileNotFoundError:
+        return  # another process was first
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def recover(runs: Path) -> None:
+    """Clear up after a crash: names that were being replaced get their old folder back, leftovers go."""
+    for aside in runs.glob(f"*/*/{ASIDE}*"):
+        target = aside.with_name(aside.name.removeprefix(ASIDE))
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(aside, target)
+    for prefix in (NEW, GONE):
+        for left in runs.glob(f"*/*/{prefix}*"):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)

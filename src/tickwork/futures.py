@@ -22,19 +22,20 @@ _thread = threading.local()
 
 
 @contextmanager
-def no_blocking() -> Iterator[None]:
+def no_blocking(*, device: bool = False) -> Iterator[None]:
     """Mark the current thread, for a while, as one that must keep running: ``result()`` refuses to block it."""
     # Counted, since two engines of one thread may end in either order.
     _thread.marks = getattr(_thread, "marks", 0) + 1
+    _thread.device = device
     try:
         yield
     finally:
         _thread.marks -= 1
 
 
-def must_run() -> bool:
+def must_run(*, device: bool = False) -> bool:
     """Whether the current thread runs the engine or the device."""
-    return getattr(_thread, "marks", 0) > 0
+    return getattr(_thread, "marks", 0) > 0 and (not device or _thread.device)
 
 
 class Future(Generic[T]):
@@ -144,6 +145,8 @@ async def wait(inner: Inner[Any], timeout: float | None = None) -> None:
     Raises:
         TimeoutError: ``timeout`` seconds are over.
     """
+    if must_run(device=True) and not inner.done():
+        raise WrongThreadError("this is the device's thread, and the result needs the device: submit, but do not wait")
     if trio.lowlevel.in_trio_task():
         await _wait_trio(inner, timeout)
     else:

@@ -19,7 +19,7 @@ from tickwork.catalogue import META, Catalogue, Meta, check_name, expiry
 from tickwork.compute.lora import ALPHA, Adapter
 from tickwork.compute.optimizer import Trainable
 from tickwork.errors import CheckpointError
-from tickwork.files import checksum, put, sync, write_json
+from tickwork.files import NEW, checksum, put, sync, write_json
 from tickwork.results import as_json
 
 ADAPTER, CONFIG, MOMENTS = "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"
@@ -98,13 +98,13 @@ class Store:
             log.warning("no store folder was given: checkpoints live until this service is closed")
             self._told = True
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".new-{uuid.uuid4().hex}")
+        temporary = target.with_name(f"{NEW}{uuid.uuid4().hex}")
         temporary.mkdir()
         try:
             self._fill(temporary, meta, state)
             with self.catalogue.lock:
                 put(temporary, target)
-        except OSError:
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync(target.parent)
@@ -140,7 +140,10 @@ class Store:
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, file)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, file)
+    except SafetensorError as error:
+        raise OSError(f"{file.name} could not be written: {error}") from error
     sync(file)
 
 

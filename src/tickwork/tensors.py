@@ -59,7 +59,10 @@ class TensorData:
     ) -> None:
         if dtype not in ("float32", "int64"):
             raise InvalidRequestError(f"dtype {dtype!r} is not one of 'float32', 'int64'", field="dtype")
-        values = np.array(data, dtype=dtype).reshape(-1)
+        given = np.asarray(data)
+        if given.size and (given.dtype.kind not in "fiu" or (dtype == "int64" and np.any(given != np.floor(given)))):
+            raise InvalidRequestError(f"holds what is not {dtype}", field="data")
+        values = np.array(given, dtype=dtype).reshape(-1)
         values.setflags(write=False)
         dims = tuple(int(n) for n in shape) if shape is not None else (values.size,)
         crow = None if sparse_crow_indices is None else tuple(int(i) for i in sparse_crow_indices)

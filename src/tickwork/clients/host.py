@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from tickwork.catalogue import Catalogue
+from tickwork.convert import as_metadata, is_finite
 from tickwork.engine.engine import Engine, EngineStatistics
 from tickwork.engine.portal import Portal
 from tickwork.engine.request import Request
 from tickwork.engine.thread import EngineThread
-from tickwork.errors import ClosedError, InvalidRequestError
+from tickwork.errors import ClosedError, InvalidRequestError, WrongThreadError
 from tickwork.executor import LocalExecutor
-from tickwork.futures import Future
+from tickwork.futures import Future, must_run
 from tickwork.requests import Release
 
 Build = Callable[[], Request]
@@ -32,7 +35,7 @@ class Host:
     def __init__(self, engine: Engine, catalogue: Catalogue, user_metadata: Mapping[str, str] | None = None) -> None:
         self.engine = engine
         self.catalogue = catalogue
-        self.user_metadata = dict(user_metadata or {})
+        self.user_metadata = as_metadata(user_metadata)
         self.session_id = str(uuid.uuid4())
         self._portal: Portal | None = None
         self._thread: EngineThread | None = None
@@ -57,6 +60,8 @@ class Host:
             if self._portal is None:
                 self._thread = EngineThread(self.engine)
                 self._portal = self._thread.start()
+                # A service whose last reference goes drains and ends by itself.
+                weakref.finalize(self, self._portal.close).atexit = False
             return self._portal
 
     def next_id(self, kind: str) -> str:
@@ -100,7 +105,10 @@ class Host:
 
         Raises:
             Exception: what the engine died of, if it did and ``abort`` is off.
+            WrongThreadError: on the engine's or the device's own thread, which would wait for itself.
         """
+        if must_run():
+            raise WrongThreadError("a service can not be closed from its own thread: leave its with block instead")
         with self._lock:
             first, self._closed = not self._closed, True
         try:
@@ -108,6 +116,11 @@ class Host:
                 self._thread.abort() if abort else self._thread.close()
         finally:
             self.catalogue.close()
+
+    def abandon(self) -> None:
+        """Let a close that is draining in another thread end after the current job, and wait for that."""
+        if self._thread is not None:
+            self._thread.abort()
 
 
 def make_engine(
@@ -120,9 +133,9 @@ def make_engine(
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise InvalidRequestError(f"{dtype!r}; 'float32' or 'bfloat16'", field="dtype")
-    if device is not None and device.split(":")[0] not in ("cpu", "cuda"):
+    if device is not None and not (isinstance(device, str) and re.fullmatch(r"cpu|cuda(:\d+)?", device)):
         raise InvalidRequestError(f"{device!r}; 'cpu', 'cuda' or 'cuda:N'", field="device")
-    if not 0 <= cycle_period < float("inf"):
+    if not is_finite(cycle_period) or cycle_period < 0:
         raise InvalidRequestError(f"{cycle_period!r}; seconds, at least 0", field="cycle_period")
     tokens = MAX_TOKENS_PER_PASS if max_tokens is None else max_tokens
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import sys
-import threading
-import weakref
 from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
+import attrs
 import trio
 
 from tickwork.catalogue import Catalogue
@@ -19,6 +16,7 @@ from tickwork.clients.host import Host, make_engine
 from tickwork.clients.rest import RestClient
 from tickwork.clients.sampling import SamplingClient
 from tickwork.clients.training import TrainingClient, open_sampler, sampler_request
+from tickwork.convert import as_integer, as_metadata
 from tickwork.engine.engine import EngineStatistics
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError
@@ -61,9 +59,6 @@ class ServiceClient:
         catalogue = Catalogue(store)
         engine = make_engine(catalogue, device, dtype, cycle_period, max_tokens_per_pass)
         self.host = Host(engine, catalogue, user_metadata)
-        # Before concurrent.futures shuts its pools, which loading a model needs; atexit comes after that.
-        register = getattr(threading, "_register_atexit", atexit.register)
-        register(_at_exit, weakref.ref(self.host))
 
     def create_lora_training_client(
         self,
@@ -203,7 +198,7 @@ class ServiceClient:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # fmt: skip  # noqa: E501
-        await _in_worker(partial(self.host.close, abort=error is not None))
+        await _end(self.host, abort=error is not None)
 
     def _training(
         self,
@@ -221,10 +216,17 @@ class ServiceClient:
                 raise InvalidRequestError("only 'adamw' is offered", field="optimizer.type")
             if path is not None:
                 ParsedCheckpointTinkerPath.from_tinker_path(path)
-            metadata = {**self.host.user_metadata, **(user_metadata or {})}
-            return Request("step", model_id, CreateModel(model_id, base_model, lora, path, with_optimizer, metadata))
+            metadata = {**self.host.user_metadata, **as_metadata(user_metadata)}
+            shape = None if lora is None else checked(lora)
+            return Request("step", model_id, CreateModel(model_id, base_model, shape, path, with_optimizer, metadata))
 
         return TrainingClient(self.host, model_id, self.host.submit(build))
+
+
+def checked(lora: LoraConfig) -> LoraConfig:
+    """Return an adapter's shape with plain integers for rank and seed."""
+    seed = None if lora.seed is None else as_integer(lora.seed, "seed")
+    return attrs.evolve(lora, rank=as_integer(lora.rank, "rank"), seed=seed)
 
 
 def _no_token(weights_access_token: None) -> None:
@@ -232,19 +234,20 @@ def _no_token(weights_access_token: None) -> None:
         raise InvalidRequestError("in process there are no access tokens", field="weights_access_token")
 
 
-async def _in_worker(act: partial[None]) -> None:
-    """Join the engine's thread without blocking the caller's loop, and without leaving it half closed."""
+async def _end(host: Host, *, abort: bool) -> None:
+    """Close from async code; being cancelled while it drains lets only the current job end."""
     if trio.lowlevel.in_trio_task():
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(act)
+        try:
+            await trio.to_thread.run_sync(partial(host.close, abort=abort), abandon_on_cancel=True)
+        except trio.Cancelled:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(host.abandon)
+            raise
     else:
         import asyncio  # noqa: PLC0415
 
-        await asyncio.shield(asyncio.to_thread(act))
-
-
-def _at_exit(host: weakref.ref[Host]) -> None:
-    """A service that nobody closed still drains, unless the interpreter ends by an exception."""
-    living = host()
-    if living is not None:
-        living.close(abort=hasattr(sys, "last_type"))
+        try:
+            await asyncio.to_thread(host.close, abort=abort)
+        except asyncio.CancelledError:
+            await asyncio.to_thread(host.abandon)
+            raise

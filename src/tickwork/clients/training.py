@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from tickwork.catalogue import check_name
+from tickwork.catalogue import check_name, expiry
 from tickwork.clients.host import Host
 from tickwork.clients.ready import Ready
 from tickwork.clients.sampling import SamplingClient
-from tickwork.convert import as_adam_params, as_data
+from tickwork.convert import as_adam_params, as_config, as_data, as_metadata
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError
 from tickwork.futures import Future
@@ -208,8 +208,9 @@ class TrainingClient(Ready):
     def _pass(
         self, data: Sequence[Datum], loss_fn: str | CustomLoss, config: Mapping[str, float] | None, backward: bool
     ) -> Request:
-        datums = as_data(data)
-        payload = ForwardBackward(self.model_id, datums, loss_fn, dict(config or {}), backward, tuple(data))
+        given = tuple(data) if isinstance(data, Iterable) and not isinstance(data, str | bytes | dict) else data
+        datums = as_data(given)
+        payload = ForwardBackward(self.model_id, datums, loss_fn, as_config(config), backward, given)
         rows = tuple(datum.model_input.length for datum in datums)
         return Request("pass", self.model_id, payload, rows, whole=callable(loss_fn), tokens=sum(rows))
 
@@ -222,7 +223,9 @@ class TrainingClient(Ready):
     def _save(
         self, kind: CheckpointKind, name: str, ttl_seconds: int | None, overwrite: bool, user_metadata: Metadata
     ) -> Request:
-        return self._step(Save(self.model_id, kind, check_name(name), ttl_seconds, overwrite, user_metadata))
+        expiry(ttl_seconds)
+        metadata = as_metadata(user_metadata)
+        return self._step(Save(self.model_id, kind, check_name(name), ttl_seconds, bool(overwrite), metadata))
 
     def _load(self, path: str, with_optimizer: bool, weights_access_token: None) -> Request:
         if weights_access_token is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+
 import torch
 
 
@@ -25,9 +27,9 @@ class KVPool:
         """Take a slot."""
         if not self._free:
             added = max(16, self.slots)
-            self._free = list(range(self.slots + added - 1, self.slots - 1, -1))
+            self._free = list(range(self.slots, self.slots + added))
             self.slots += added
-        return self._free.pop()
+        return heapq.heappop(self._free)
 
     def reserve(self, length: int) -> None:
         """Let every slot hold at least ``length`` positions from the next write on."""
@@ -36,8 +38,7 @@ class KVPool:
 
     def release(self, slot: int) -> None:
         """Give a slot back; lowest slots are handed out first, so that live ones stay close together."""
-        self._free.append(slot)
-        self._free.sort(reverse=True)
+        heapq.heappush(self._free, slot)
         if len(self._free) == self.slots:
             self.keys, self.values, self.slots, self.capacity, self._free = {}, {}, 0, 0, []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Callable, Collection
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from tickwork.compute.choose import Recipe
 from tickwork.compute.lora import Adapter
+from tickwork.convert import is_finite
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError
 from tickwork.requests import Sample
@@ -20,6 +20,9 @@ from tickwork.results import SampledSequence, SampleResponse
 from tickwork.types import SamplingParams, StopReason
 
 Ranked = list[tuple[int, float]]
+
+# Below this, but not at 0, float32 logits divided by the temperature overflow.
+COLDEST = 1e-5
 Decode = Callable[[list[int]], str]
 
 
@@ -168,7 +171,8 @@ def open_draw(
     payload: Sample = request.payload
     params = payload.params
     _check(payload, vocab_size, context)
-    room = context - len(payload.prompt)
+    # A last token never goes through the model: even a full context leaves room to draw one, and so to be scored.
+    room = max(1, context - len(payload.prompt))
     budget = room if params.max_tokens is None else params.max_tokens
     if not 1 <= budget <= room:
         raise InvalidRequestError(
@@ -189,7 +193,11 @@ def _check(payload: Sample, vocab_size: int, context: int) -> None:
         (bad is None, "prompt", f"token id out of 0 to {vocab_size - 1} at position {bad}"),
         (len(payload.prompt) <= context, "prompt", f"{len(payload.prompt)} tokens; the model's context is {context}"),
         (_whole(payload.num_samples, 1), "num_samples", f"{payload.num_samples!r}; at least 1 is needed"),
-        (_real(params.temperature, 0), "sampling_params.temperature", f"{params.temperature!r}; finite and >= 0"),
+        (
+            _real(params.temperature, 0) and (params.temperature == 0 or params.temperature >= COLDEST),
+            "sampling_params.temperature",
+            f"{params.temperature!r}; 0 (greedy), or at least {COLDEST}",
+        ),
         (
             params.top_k == -1 or _whole(params.top_k, 1),
             "sampling_params.top_k",
@@ -207,6 +215,11 @@ def _check(payload: Sample, vocab_size: int, context: int) -> None:
             for name in ("topk_prompt_logprobs", "topk_sample_logprobs")
         ],
         (last_n is None or _whole(last_n, 1), "prompt_logprobs_last_n", f"{last_n!r}; at least 1 is needed"),
+        (
+            last_n is None or payload.include_prompt_logprobs or payload.topk_prompt_logprobs > 0,
+            "prompt_logprobs_last_n",
+            "needs include_prompt_logprobs or topk_prompt_logprobs",
+        ),
     ]
     for fine, field, message in rules:
         if not fine:
@@ -218,7 +231,7 @@ def _whole(value: object, low: int) -> bool:
 
 
 def _real(value: Any, low: float) -> bool:
-    return isinstance(value, int | float | np.floating) and math.isfinite(value) and bool(value >= low)
+    return is_finite(value) and bool(value >= low)
 
 
 def _stop_rule(params: SamplingParams, vocab_size: int, stop_ids: Collection[int], decode: Decode) -> StopRule:

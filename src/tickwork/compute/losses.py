@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 import tickwork_kernels as kernels
+from tickwork.compute.failure import first_line
+from tickwork.convert import is_finite
 from tickwork.errors import InvalidRequestError, LossError
 from tickwork.requests import CustomLoss, ForwardBackward
 from tickwork.tensors import TensorDtype
@@ -44,6 +46,9 @@ TOKEN_LOSSES: Mapping[str, TokenLoss] = {
     # The service publishes no default for beta; this is the value its documentation uses as an example.
     "dro": TokenLoss(RL_INPUTS, {"beta": 0.05}, kernels.dro),
 }
+
+# Metrics that every result has.
+RESERVED = {"loss:sum", "clock_cycle:unique"}
 
 REFUSED = {
     "gspo": "its formula and defaults are unpublished; pass a custom loss with a sequence-level ratio, or use 'ppo'",
@@ -95,12 +100,12 @@ def _check_config(loss: TokenLoss, payload: ForwardBackward) -> None:
         if key not in loss.config:
             allowed = ", ".join(loss.config) or "nothing"
             raise InvalidRequestError(f"{payload.loss_fn} takes no such setting, only {allowed}", field=field)
-        if isinstance(value, bool | str) or not np.isfinite(value):
+        if not is_finite(value):
             raise InvalidRequestError(f"{value!r} is not a finite number", field=field)
 
 
 def _check_datum(datum: Datum, loss_fn: str | CustomLoss, vocab_size: int, context: int) -> None:
-    tokens = np.asarray(datum.model_input.to_ints(), dtype=np.int64)
+    tokens = np.asarray(datum.model_input.to_ints(), dtype=object)  # an id may be too large for any dtype
     if not 0 < len(tokens) <= context:
         raise InvalidRequestError(f"has {len(tokens)} tokens; 1 to {context} are allowed", field="model_input")
     _check_ids(tokens, vocab_size, "model_input")
@@ -176,13 +181,16 @@ def call_custom(
         except BaseException as error:  # SystemExit too: the device thread is not the caller's to end
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise LossError(
-                f"the custom loss raised {type(error).__name__}: {error} (line {last.lineno} of {last.filename})"
+                f"the custom loss raised {type(error).__name__}: {first_line(error)} "
+                f"(line {last.lineno} of {last.filename})"
             ) from error
         loss, metrics = _unpack(answer)
+        for leaf in leaves:
+            leaf.grad = None  # a loss that has called backward itself must not count twice
         try:
             loss.backward()
-        except RuntimeError as error:
-            raise LossError(f"the custom loss could not be differentiated: {error}") from error
+        except Exception as error:
+            raise LossError(f"the custom loss could not be differentiated: {first_line(error)}") from error
     grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
     for index, grad in enumerate(grads):
         if not bool(torch.isfinite(grad).all()):
@@ -203,6 +211,9 @@ def _unpack(answer: Any) -> tuple[torch.Tensor, dict[str, float]]:
         plain = {
             str(key): value.detach() if isinstance(value, torch.Tensor) else value for key, value in metrics.items()
         }
-        return loss.reshape(()), {key: float(value) for key, value in plain.items()}
-    except (TypeError, ValueError) as error:
-        raise LossError(f"the metrics of a custom loss must be numbers: {error}") from error
+        numbers = {key: float(value) for key, value in plain.items()}
+    except Exception as error:
+        raise LossError(f"the metrics of a custom loss must be numbers: {first_line(error)}") from error
+    if taken := RESERVED & numbers.keys():
+        raise LossError(f"the metric {min(taken)!r} is Tickwork's own: give yours another name")
+    return loss.reshape(()), numbers

@@ -12,6 +12,7 @@ import attrs
 import numpy as np
 import torch
 
+from tickwork.compute.failure import out_of_memory
 from tickwork.compute.losses import TOKEN_LOSSES, call_custom, settings
 from tickwork.compute.model import BaseModel
 from tickwork.compute.optimizer import Trainable
@@ -120,7 +121,7 @@ def run_pass(base: BaseModel, work: Sequence[tuple[Progress, Piece]]) -> None:
     try:
         _run(base, work)
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         halves = _halves(work)
         if not halves:
@@ -265,10 +266,6 @@ def _accumulate(hidden: torch.Tensor, upstream: torch.Tensor, parts: Sequence[_P
         head = None if gradients.a is None or gradients.b is None else (gradients.a, gradients.b)
         model.accumulate(grads[used : used + count], head)
         used += count
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _halves(work: Sequence[tuple[Progress, Piece]]) -> list[list[tuple[Progress, Piece]]]:

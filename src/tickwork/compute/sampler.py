@@ -12,6 +12,7 @@ import torch
 from tickwork.compute.cache import KVPool
 from tickwork.compute.choose import choose
 from tickwork.compute.draw import Draw, Ranked, Strand, open_draw, rank
+from tickwork.compute.failure import out_of_memory
 from tickwork.compute.lora import Adapter
 from tickwork.compute.model import BaseModel
 from tickwork.compute.rows import Row, pack
@@ -78,7 +79,7 @@ class Sampler:
         try:
             self._forward()
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not out_of_memory(error):
                 raise
             return outcomes + self._make_room()
         for draw in [draw for draw in self._active if draw.done]:

@@ -9,6 +9,7 @@ import attrs
 import torch
 
 from tickwork.catalogue import Catalogue, Meta, Run
+from tickwork.compute.failure import failure
 from tickwork.compute.lora import Adapter
 from tickwork.compute.losses import check
 from tickwork.compute.model import DTYPES, BaseModel
@@ -17,7 +18,8 @@ from tickwork.compute.passes import Progress, run_pass
 from tickwork.compute.sampler import Sampler
 from tickwork.engine.plan import Pass, Stage
 from tickwork.engine.request import Outcome, Request
-from tickwork.errors import InvalidRequestError, RequestFailedError
+from tickwork.errors import InvalidRequestError, ModelLoadError, RequestFailedError
+from tickwork.models import locate
 from tickwork.requests import CreateModel, ForwardBackward, Load, OpenSampler, OptimStep, Release, Save
 from tickwork.results import GetInfoResponse, LoadWeightsResponse, OptimStepResponse, SaveWeightsResponse
 from tickwork.store import Store
@@ -56,6 +58,7 @@ class Device:
     def __init__(self, catalogue: Catalogue, device: str | None, dtype: str | None, max_tokens: int) -> None:
         self._store = Store(catalogue)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._usable = self._device.type == "cpu" or (self._device.index or 0) < torch.cuda.device_count()
         self._dtype = DTYPES[dtype or ("bfloat16" if self._device.type == "cuda" else "float32")]
         self._max_tokens = max_tokens
         self._bases: dict[str, BaseModel] = {}
@@ -122,8 +125,8 @@ class Device:
         try:
             model = self._model(payload.model_id)
             check(payload, model.base.vocab_size, model.base.context)
-        except RequestFailedError as error:
-            return [Outcome(request, error=error)]
+        except Exception as error:
+            return [Outcome(request, error=failure(error))]
         self._progress[request] = Progress(request, model.base, model.state, several)
         return []
 
@@ -131,6 +134,9 @@ class Device:
         return self._steps[type(request.payload)](request.payload)
 
     def _base(self, name: str) -> BaseModel:
+        if not self._usable:
+            raise ModelLoadError(f"device {self._device} is not there; torch sees {torch.cuda.device_count()} of CUDA")
+        locate(name)  # refuses what is no name, which could not even be looked up
         if name not in self._bases:
             self._bases[name] = BaseModel(name, self._device, self._dtype)
         return self._bases[name]
@@ -145,8 +151,8 @@ class Device:
     def _create(self, ask: CreateModel) -> GetInfoResponse:
         try:
             return self._create_or_raise(ask)
-        except RequestFailedError as error:
-            self._lost[ask.model_id] = error
+        except Exception as error:
+            self._lost[ask.model_id] = failure(error)
             raise
 
     def _create_or_raise(self, ask: CreateModel) -> GetInfoResponse:
@@ -197,8 +203,8 @@ class Device:
     def _open_sampler(self, ask: OpenSampler) -> None:
         try:
             self._weights[ask.key] = self._open(ask)
-        except RequestFailedError as error:
-            self._lost[ask.key] = error
+        except Exception as error:
+            self._lost[ask.key] = failure(error)
             raise
 
     def _open(self, ask: OpenSampler) -> Weights:
@@ -233,10 +239,8 @@ class Device:
 def _outcome(request: Request, act: Callable[[Request], object]) -> Outcome:
     try:
         return Outcome(request, value=act(request))
-    except RequestFailedError as error:
-        return Outcome(request, error=error)
-    except OSError as error:
-        return Outcome(request, error=RequestFailedError(f"the store: {error}"))
+    except Exception as error:
+        return Outcome(request, error=failure(error))
 
 
 def _finish(progress: Progress, cycle: int) -> Outcome:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import sys
 import threading
 
 import trio
@@ -9,6 +11,21 @@ import trio
 from tickwork.engine.engine import Engine
 from tickwork.engine.portal import Portal
 from tickwork.futures import Inner
+
+_running: set[EngineThread] = set()
+
+
+def _at_exit() -> None:
+    """Engines that nobody closed still drain, unless the interpreter ends by an exception."""
+    for thread in list(_running):
+        if hasattr(sys, "last_type"):
+            thread.abort()
+        else:
+            thread.close()
+
+
+# Before concurrent.futures shuts its pools, which loading a model needs; atexit comes after that.
+getattr(threading, "_register_atexit", atexit.register)(_at_exit)
 
 
 class _Ready:
@@ -47,7 +64,11 @@ class EngineThread:
             Exception: what the engine died of, if it did.
         """
         self._ready.portal.result().close()
-        self._thread.join()
+        try:
+            self._thread.join()
+        except BaseException:
+            self.abort()  # Ctrl-C while draining
+            raise
         if self._death is not None:
             raise self._death
 
@@ -61,12 +82,15 @@ class EngineThread:
         self._thread.join()
 
     def _main(self) -> None:
+        _running.add(self)
         try:
             trio.run(self._run)
         except BaseException as error:
             self._death = error
             if not self._ready.portal.done():
                 self._ready.portal.set_exception(error)
+        finally:
+            _running.discard(self)
 
     async def _run(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
