@@ -107,7 +107,7 @@ class Host:
             Exception: what the engine died of, if it did and ``abort`` is off.
             WrongThreadError: on the engine's or the device's own thread, which would wait for itself.
         """
-        if must_run():
+        if must_run(device=True) or (self._thread is not None and self._thread.is_current()):
             raise WrongThreadError("a service can not be closed from its own thread: leave its with block instead")
         with self._lock:
             first, self._closed = not self._closed, True

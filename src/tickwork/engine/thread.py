@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 import threading
+from contextlib import suppress
 
 import trio
 
@@ -21,7 +22,8 @@ def _at_exit() -> None:
         if hasattr(sys, "last_type"):
             thread.abort()
         else:
-            thread.close()
+            with suppress(KeyboardInterrupt):  # close has then aborted, and the interpreter ends all the same
+                thread.close()
 
 
 # Before concurrent.futures shuts its pools, which loading a model needs; atexit comes after that.
@@ -50,7 +52,12 @@ class EngineThread:
         self._scope = trio.CancelScope()
         self._token: trio.lowlevel.TrioToken | None = None
         self._death: BaseException | None = None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._main, name="tickwork-engine", daemon=True)
+
+    def is_current(self) -> bool:
+        """Whether the caller runs in this engine's thread."""
+        return threading.current_thread() is self._thread
 
     def start(self) -> Portal:
         """Start the engine and return its portal once it is up."""
@@ -65,7 +72,7 @@ class EngineThread:
         """
         self._ready.portal.result().close()
         try:
-            self._thread.join()
+            self._join()
         except BaseException:
             self.abort()  # Ctrl-C while draining
             raise
@@ -74,11 +81,16 @@ class EngineThread:
 
     def abort(self) -> None:
         """Let the current job end, fail the rest, join. One that is starting is waited for first."""
-        if self._thread.is_alive() and self._ready.portal.exception() is None and self._token is not None:
+        if not self._ended.is_set() and self._ready.portal.exception() is None and self._token is not None:
             try:
                 self._token.run_sync_soon(self._scope.cancel)
             except trio.RunFinishedError:
                 pass
+        self._join()
+
+    def _join(self) -> None:
+        # The event first: Thread.join of Python 3.11 takes a thread for ended once a Ctrl-C has interrupted it.
+        self._ended.wait()
         self._thread.join()
 
     def _main(self) -> None:
@@ -91,6 +103,7 @@ class EngineThread:
                 self._ready.portal.set_exception(error)
         finally:
             _running.discard(self)
+            self._ended.set()
 
     async def _run(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
