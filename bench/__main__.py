@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 from bench import demo, memory, overhead, record, train
 from bench.workloads import Workload, make_qwen40m, qwen40m, tiny
@@ -19,13 +20,14 @@ COLUMNS = ("speed", "workload", "ours", "against", "ratio", "wanted")
 
 def main() -> None:
     """Measure one thing after the other: nothing here may share the machine."""
+    logging.disable_progress_bar()
     about = record.circumstances()
     console = Console(stderr=True)
     # The demo first: the greatest child of this process must still be the demo's.
     rows = [*_run("demo", demo.measure, console), *_run("overhead", overhead.measure, console)]
     with tempfile.TemporaryDirectory() as folder:
         for workload in _workloads(Path(folder)):
-            rounds = 15 if workload.key.startswith("tiny") else 7
+            rounds = 9 if workload.key.startswith("tiny") else 4
             rows += _run(workload.name, lambda w=workload, n=rounds: train.measure(w, n), console)
             if workload.key.endswith("varied"):
                 rows += _run(f"{workload.name}, memory", lambda w=workload: memory.measure(w), console)
