@@ -30,16 +30,8 @@ MAY = {
     "engine": {"errors", "futures", "engine", "executor"},
     "executor.py": {"engine", "futures", "compute", "catalogue"},
     "compute": {
-        "compute",
-        "engine",
-        "errors",
-        "requests",
-        "results",
-        "tensors",
-        "types",
-        "models",
-        "store",
-        "catalogue",
+        *("compute", "convert", "engine", "errors", "requests", "results"),
+        *("tensors", "types", "models", "store", "catalogue"),
     },
     "store.py": {"catalogue", "compute", "errors", "files", "results"},
     "clients": {
