@@ -1,0 +1,107 @@
+"""Implementations of one operation side by side, and the choice between them, which is never silent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Generic, Protocol, TypeVar
+
+Case = TypeVar("Case", contravariant=True)
+
+
+class Implementation(Protocol[Case]):
+    """One way to compute an operation."""
+
+    name: str
+
+    def why_not(self, case: Case) -> str | None:
+        """Return why this case can not be computed this way, naming the argument; None where it can."""
+
+    def preference(self, case: Case) -> int:
+        """Return how well it suits the case, for ``impl="auto"``: the highest is taken, below 0 only by name."""
+
+
+I = TypeVar("I", bound=Implementation[Any])  # noqa: E741
+
+
+@dataclass(frozen=True)
+class Choice(Generic[I]):
+    """What was chosen.
+
+    Args:
+        implementation: that will run.
+        why: in words.
+        refused: name -> why not, of those that can not run this case.
+        memory: bytes it will need besides inputs and outputs, where it can tell.
+    """
+
+    implementation: I
+    why: str
+    refused: Mapping[str, str]
+    memory: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the implementation."""
+        return self.implementation.name
+
+
+class Registry(Generic[I]):
+    """The implementations of one operation, by name.
+
+    Args:
+        operation: its name, for messages.
+        group: entry-point group from which installed packages' implementations are loaded at the first choice.
+    """
+
+    def __init__(self, operation: str, group: str) -> None:
+        self.operation, self._group = operation, group
+        self._known: dict[str, I] = {}
+        self._loaded = False
+
+    def register(self, implementation: I) -> I:
+        """Add an implementation; its name must be free. Returns it, so that it serves as a decorator of instances.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if implementation.name in self._known or implementation.name == "auto":
+            raise ValueError(f"impl {implementation.name!r} of {self.operation} exists already; take another name")
+        self._known[implementation.name] = implementation
+        return implementation
+
+    def unregister(self, name: str) -> None:
+        """Remove an implementation that was registered."""
+        del self._known[name]
+
+    def all(self) -> list[I]:
+        """Return every implementation, in order of registration, those of installed packages included."""
+        if not self._loaded:
+            self._loaded = True
+            for entry in entry_points(group=self._group):
+                self.register(entry.load())
+        return list(self._known.values())
+
+    def choose(self, case: Any, impl: str = "auto") -> Choice[I]:
+        """Return the implementation named, or the preferred one of those that can run the case.
+
+        Raises:
+            ValueError: no implementation has that name.
+            NotImplementedError: the one named can not run this case; says why, and which can.
+        """
+        known = {each.name: each for each in self.all()}
+        if impl != "auto" and impl not in known:
+            raise ValueError(f"impl must be 'auto' or one of {sorted(known)}, not {impl!r}")
+        refused = {name: why for name, each in known.items() if (why := each.why_not(case)) is not None}
+        able = [each for each in known.values() if each.name not in refused]
+        if impl != "auto":
+            if impl in refused:
+                names = ", ".join(repr(each.name) for each in able) or "none"
+                raise NotImplementedError(f"impl={impl!r}: {refused[impl]}; able to run this {self.operation}: {names}")
+            return Choice(known[impl], "named by the caller", refused)
+        if not able:
+            reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+            raise NotImplementedError(f"no implementation of {self.operation} can run this: {reasons}")
+        best = max(able, key=lambda each: each.preference(case))
+        return Choice(best, f"preferred among {', '.join(each.name for each in able)}", refused)

@@ -1,0 +1,31 @@
+"""What the machine offers: whether Triton kernels can run, compiled or interpreted."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+def interpreting() -> bool:
+    """Whether Triton runs in its interpreter: ``TRITON_INTERPRET=1``, set before the first kernel is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether triton is installed."""
+    return find_spec("triton") is not None
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """Return why Triton kernels can not run on tensors of a device; None where they can."""
+    if not has_triton():
+        return "triton is not installed (pip install triton)"
+    if device.type == "cuda" and not interpreting():
+        return None
+    if interpreting():
+        return None if device.type == "cpu" else "the Triton interpreter (TRITON_INTERPRET=1) takes CPU tensors only"
+    return f"Triton kernels do not run on {device.type}; on CPU only interpreted, with TRITON_INTERPRET=1 in the environment"
