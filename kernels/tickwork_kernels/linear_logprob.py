@@ -1,247 +1,183 @@
-"""Logprobs of target tokens under a linear head, and gradients for any per-token upstream, in two GEMMs.
-
-The full ``[tokens, vocab]`` logits never exist: rows go through in chunks of a fixed size, so that memory is
-bounded. With ``z`` the logits of a row, ``p`` their softmax, targets ``y_k`` and upstream gradients ``g_k``:
-``d z = sum_k g_k (onehot(y_k) - p)``, hence one GEMM for ``z`` and one for ``d hidden = d z @ weight``, whatever
-the loss. Where the gradient is a function of the logprob (``linear_token_loss``) both run while the chunk is at
-hand; where it comes later (``TargetLogprobs``) the exponentials are kept within a byte budget and computed
-again beyond it.
-"""
+"""``linear_logprob``: logprobs, lse and entropy under a linear head, with gradients for any upstream of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
-# Elements of one chunk of logits: 16 MiB of float32, but never fewer rows than a GEMM needs to be efficient.
-CHUNK_ELEMENTS = 2**22
-CHUNK_ROWS = (128, 1024)
+from tickwork_kernels.head import Adapters, HeadCase, HeadKernel, Needs, as_segments
+from tickwork_kernels.head_checks import IGNORE, Call, HeadOptions, prepare
+from tickwork_kernels.head_held import CACHE_BYTES, HeldLogprobs, Memory
+from tickwork_kernels.head_sweep import HeadGradients, Upstream
+from tickwork_kernels.heads import choose_head
+from tickwork_kernels.registry import Choice
 
-
-@dataclass(frozen=True)
-class Lora:
-    """An adapter of the head: ``weight + scale * b @ a``, with ``a`` ``[r, D]`` and ``b`` ``[V, r]`` in float32."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
+Entropy = Literal[False, True, "detached"]
 
 
-@dataclass(frozen=True)
-class Head:
-    """A frozen head.
+class LinearLogprobs(NamedTuple):
+    """What ``linear_logprob`` returns.
 
     Args:
-        weight: ``[V, D]``, float32 or bfloat16.
-        bias: ``[V]`` or None.
-        softcap: ``c`` of ``c * tanh(z / c)``, or None.
+        logprobs: of the targets, in their shape.
+        lse: ``[N]`` logsumexp of the logits.
+        entropy: ``[N]`` in nats, or None.
+    """
+
+    logprobs: torch.Tensor
+    lse: torch.Tensor
+    entropy: torch.Tensor | None
+
+
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    multiplier: float = 1.0,
+    softcap: float | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    lora: Adapters = None,
+    entropy: Entropy = False,
+    ignore_index: int = IGNORE,
+    memory: Memory | Literal["auto"] = "auto",
+    cache_bytes: int = CACHE_BYTES,
+    impl: str = "auto",
+    check: bool | None = None,
+) -> LinearLogprobs:
+    """Logprobs of target tokens without ever holding ``[N, V]`` logits, for any loss on top.
+
+    Semantics: ``u = softcap((hidden @ (weight + s * b @ a).T + bias) * multiplier) / temperature``, then
+    ``u.log_softmax(-1).gather(1, targets), u.logsumexp(-1), -(p * log p).sum(-1)``.
+
+    Args:
+        hidden: ``[N, D]`` float32, bfloat16 or float64.
+        weight: ``[V, D]`` of the same dtype. Frozen unless it requires a gradient.
+        targets: ``[N]`` or ``[N, K]`` int64; may repeat within a row.
+        bias: ``[V]``.
         multiplier: factor of the logits, before the softcap.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    softcap: float | None = None
-    multiplier: float = 1.0
-
-    @property
-    def chunk_rows(self) -> int:
-        """Rows of one chunk; depends on the vocabulary only."""
-        low, high = CHUNK_ROWS
-        return max(low, min(high, CHUNK_ELEMENTS // self.weight.shape[0]))
-
-
-@dataclass(frozen=True)
-class HeadGradients:
-    """Gradients of one batch: ``hidden`` ``[N, D]`` float32, and those of the adapter where there is one."""
-
-    hidden: torch.Tensor
-    a: torch.Tensor | None
-    b: torch.Tensor | None
-
-
-@dataclass
-class _Chunk:
-    """What a chunk's backward needs: exponentials ``[n, V]``, their row sums ``[n]``, the softcap's slope."""
-
-    exponentials: torch.Tensor
-    total: torch.Tensor
-    slope: torch.Tensor | None
-
-
-def head_logits(hidden: torch.Tensor, head: Head, lora: Lora | None = None) -> torch.Tensor:
-    """Return float32 logits of all rows at once; for sampling, where rows are few.
-
-    Semantics: ``softcap((hidden @ weight.T + scale * hidden @ a.T @ b.T + bias) * multiplier)``.
-
-    Args:
-        hidden: ``[N, D]`` in the weight's dtype.
+        softcap: ``c`` of ``c * tanh(z / c)``.
+        temperature: divides the logits: a number, or ``[N]`` floats; without a gradient.
+        lora: a ``Lora`` for all tokens, or ``LoraSegment`` s of tokens in order.
+        entropy: whether to compute it; ``"detached"`` without a gradient, which saves a GEMM in ``"stash"``.
+        ignore_index: tokens with this target have logprob 0 and no gradient; a row of them alone costs nothing, and
+            its lse and entropy are 0.
+        memory: ``"stash"``, ``"cache"`` or ``"recompute"`` (see ``HeldLogprobs``); ``"auto"`` takes ``"stash"`` where
+            only ``hidden`` needs a gradient, else ``"cache"``.
+        cache_bytes: what ``"cache"`` may keep between forward and backward.
+        impl: an implementation by name; ``"auto"`` takes the preferred one. ``explain`` says which and why.
+        check: whether to look for targets outside the vocabulary, which waits for the device; None checks on CPU.
 
     Returns:
-        ``[N, V]`` float32.
+        ``LinearLogprobs`` in float32 (float64 for float64), differentiable once with regard to hidden, weight, bias
+        and the adapters, where these require it. Any upstream is taken: expanded, strided, or none for some outputs.
+
+    Raises:
+        ValueError: an argument is wrong; names it.
+        NotImplementedError: ``impl`` can not do what is asked; names the reason and the alternatives.
     """
-    logits = _matmul(hidden, head.weight.T)
-    if lora is not None:
-        logits.addmm_(hidden.float() @ lora.a.T, lora.b.T, alpha=lora.scale)
-    if head.bias is not None:
-        logits += head.bias.float()
-    if head.multiplier != 1.0:
-        logits *= head.multiplier
-    if head.softcap is not None:
-        logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
-    return logits
+    options = HeadOptions(bias, multiplier, softcap, temperature, lora, ignore_index, check)
+    needs = needs_of(hidden, weight, options, entropy)
+    call = prepare(hidden, weight, targets, options, needs, bool(entropy))
+    kernel = choose_head(HeadCase(call.rows), impl).implementation
+    mode = _memory(memory, needs)
+    leaves = [tensor for each in call.rows.adapters for tensor in (each.a, each.b) if tensor is not None]
+    found = _LinearLogprob.apply(call, kernel, mode, cache_bytes, hidden, weight, bias, *leaves)  # type: ignore[no-untyped-call]
+    logprobs, lse, spread = found
+    return LinearLogprobs(logprobs.view(targets.shape), lse, spread)
 
 
-@torch.no_grad()
-def linear_token_loss(
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    head: Head,
-    lora: Lora | None,
-    gradient: Callable[[torch.Tensor, int, int], torch.Tensor],
-) -> tuple[torch.Tensor, HeadGradients]:
-    """Logprobs and gradients of an elementwise loss in one sweep over the head.
-
-    Semantics: ``logp = head_logits(hidden).log_softmax(-1).gather(1, targets); logp.backward(gradient(logp))``.
+def explain(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, entropy: Entropy = False,
+    impl: str = "auto", **options: Any,
+) -> Choice[HeadKernel]:  # fmt: skip
+    """Return which implementation a call of ``linear_logprob`` would take, why, and why not the others.
 
     Args:
-        hidden: ``[N, D]`` in the weight's dtype.
-        targets: ``[N, K]`` int64.
-        gradient: called as ``gradient(logp[start:stop], start, stop)``; returns d loss / d logp, ``[n, K]`` float32.
+        options: those of ``linear_logprob`` that describe the head.
 
-    Returns:
-        ``(logp [N, K] float32, gradients)``. Rows whose gradient is zero cost no second GEMM.
+    Raises:
+        ValueError: as ``linear_logprob``.
+        NotImplementedError: as ``linear_logprob``.
     """
-    logprobs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-    sums = _Sums(hidden, lora)
-    for start, stop in _chunks(len(hidden), head.chunk_rows):
-        rows, wanted = hidden[start:stop], targets[start:stop]
-        logprobs[start:stop], chunk = _forward(rows, wanted, head, lora)
-        upstream = gradient(logprobs[start:stop], start, stop)
-        _backward(rows, wanted, head, lora, chunk, upstream, sums, start)
-    return logprobs, sums.gradients()
+    given = HeadOptions(**options)
+    call = prepare(hidden, weight, targets, given, needs_of(hidden, weight, given, entropy), bool(entropy))
+    return choose_head(HeadCase(call.rows), impl)
 
 
-class TargetLogprobs:
-    """Logprobs now, gradients for an arbitrary upstream later.
+def needs_of(hidden: torch.Tensor, weight: torch.Tensor, options: HeadOptions, entropy: Entropy) -> Needs:
+    """Return which gradients a call wants."""
+    if not torch.is_grad_enabled():
+        return Needs(hidden=False)
 
-    Args:
-        hidden: ``[N, D]`` in the weight's dtype.
-        targets: ``[N, K]`` int64.
-        head: the frozen head.
-        lora: its adapter, or None.
-        keep_bytes: exponentials up to this size are kept for ``backward``; the rest is computed again there.
-            0 for logprobs alone.
-    """
+    def wants(tensor: torch.Tensor | None) -> bool:
+        return tensor is not None and tensor.requires_grad
 
-    @torch.no_grad()
-    def __init__(
-        self, hidden: torch.Tensor, targets: torch.Tensor, head: Head, lora: Lora | None = None, keep_bytes: int = 0
-    ) -> None:
-        self._hidden, self._targets, self._head, self._lora = hidden, targets, head, lora
-        self._kept: dict[int, _Chunk] = {}
-        self.logprobs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-        for start, stop in _chunks(len(hidden), head.chunk_rows):
-            self.logprobs[start:stop], chunk = _forward(hidden[start:stop], targets[start:stop], head, lora)
-            keep_bytes -= chunk.exponentials.nbytes
-            if keep_bytes >= 0:
-                self._kept[start] = chunk
-
-    @torch.no_grad()
-    def backward(self, upstream: torch.Tensor) -> HeadGradients:
-        """Return the gradients for d loss / d logprobs ``[N, K]``. May be called once: it frees what was kept."""
-        sums = _Sums(self._hidden, self._lora)
-        for start, stop in _chunks(len(self._hidden), self._head.chunk_rows):
-            rows, targets, part = self._hidden[start:stop], self._targets[start:stop], upstream[start:stop].float()
-            chunk = self._kept.pop(start, None)
-            if chunk is None and bool(part.any()):
-                _, chunk = _forward(rows, targets, self._head, self._lora)
-            if chunk is not None:
-                _backward(rows, targets, self._head, self._lora, chunk, part, sums, start)
-        return sums.gradients()
+    segments = as_segments(options.lora, 0)
+    adapters = any(wants(each.a) or wants(each.b) for each in segments)
+    needs = Needs(wants(hidden), adapters, wants(weight), wants(options.bias))
+    return Needs(needs.hidden, adapters, needs.weight, needs.bias, entropy is True and needs.any)
 
 
-class _Sums:
-    def __init__(self, hidden: torch.Tensor, lora: Lora | None) -> None:
-        self.hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        self.a = torch.zeros_like(lora.a) if lora is not None else None
-        self.b = torch.zeros_like(lora.b) if lora is not None else None
-
-    def gradients(self) -> HeadGradients:
-        return HeadGradients(self.hidden, self.a, self.b)
-
-
-def _forward(hidden: torch.Tensor, targets: torch.Tensor, head: Head, lora: Lora | None) -> tuple[torch.Tensor, _Chunk]:
-    logits = head_logits(hidden, head, lora)
-    slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
-    wanted = logits.gather(1, targets)
-    peak = logits.amax(1, keepdim=True)
-    exponentials = logits.sub_(peak).exp_()
-    total = _sum(exponentials, targets)
-    return wanted - peak - total.log()[:, None], _Chunk(exponentials, total, slope)
-
-
-def _sum(exponentials: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Row sums, the likeliest target added last: the 1 of a confident token would swallow the tail's small terms."""
-    likely, which = exponentials.gather(1, targets).max(1, keepdim=True)
-    place = targets.gather(1, which)
-    total = exponentials.scatter_(1, place, 0.0).sum(1, keepdim=True) + likely
-    exponentials.scatter_(1, place, likely)
-    return total[:, 0]
-
-
-def _backward(
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    head: Head,
-    lora: Lora | None,
-    chunk: _Chunk,
-    upstream: torch.Tensor,
-    sums: _Sums,
-    start: int,
-) -> None:
-    active = upstream.any(1).nonzero()[:, 0]
-    if len(active) == 0:
-        return
-    into = active + start
-    if len(active) < len(hidden):
-        hidden, targets, upstream = hidden[active], targets[active], upstream[active]
-        chunk = _Chunk(
-            chunk.exponentials[active], chunk.total[active], None if chunk.slope is None else chunk.slope[active]
+def _memory(memory: str, needs: Needs) -> Memory:
+    frozen = not needs.logits
+    if memory == "auto":
+        return "stash" if frozen else "cache"
+    if memory not in ("stash", "cache", "recompute"):
+        raise ValueError(f"memory must be 'auto', 'stash', 'cache' or 'recompute', not {memory!r}")
+    if memory == "stash" and not frozen:
+        raise ValueError(
+            "memory='stash' holds the gradient of hidden alone; weight, bias, lora: 'cache' or 'recompute'"
         )
-    dz = chunk.exponentials.mul_((-upstream.sum(1) / chunk.total)[:, None]).scatter_add_(1, targets, upstream)
-    if chunk.slope is not None:
-        dz *= chunk.slope
-    if head.multiplier != 1.0:
-        dz *= head.multiplier
-    sums.hidden[into] = _through_weight(dz, targets, head.weight)
-    if lora is not None and sums.a is not None and sums.b is not None:
-        wide = hidden.float()
-        low = dz @ lora.b * lora.scale
-        sums.b.addmm_(dz.T, wide @ lora.a.T, alpha=lora.scale)
-        sums.a.addmm_(low.T, wide)
-        sums.hidden[into] += low @ lora.a
+    return memory  # type: ignore[return-value]
 
 
-def _through_weight(dz: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``dz @ weight`` in float32; the targets' columns apart where rounding dz to bfloat16 would blur them."""
-    if weight.dtype == torch.float32:
-        return dz @ weight
-    repeats = (targets[:, :, None] == targets[:, None, :]).tril(-1).any(2)
-    apart = dz.gather(1, targets).masked_fill_(repeats, 0.0)
-    bulk = dz.scatter(1, targets, 0.0).to(weight.dtype)
-    return _matmul(bulk, weight) + torch.einsum("nk,nkd->nd", apart, weight[targets].float())
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, kernel: HeadKernel, mode: Memory, cache_bytes: int, *tensors: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        held = HeldLogprobs(kernel, call.rows, mode, cache_bytes)
+        ctx.call, ctx.held = call, held
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        ctx.set_materialize_grads(False)
+        logprobs = held.logprobs if call.ignored is None else held.logprobs.masked_fill(call.ignored, 0.0)
+        entropy = None if held.entropy is None else call.spread(held.entropy)
+        if entropy is not None and not call.rows.needs.entropy:
+            ctx.mark_non_differentiable(entropy)
+        return call.spread(logprobs), call.spread(held.lse), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[Any, ...]:
+        call: Call = ctx.call
+        logprobs, lse, entropy = (None if part is None else call.gather(part) for part in upstream)
+        if logprobs is None:
+            logprobs = torch.zeros_like(ctx.held.logprobs)
+        if call.ignored is not None:
+            logprobs = logprobs.masked_fill(call.ignored, 0.0)
+        found = ctx.held.backward(Upstream(logprobs, lse, entropy))
+        grads = spread_gradients(call, found)
+        return (None,) * 4 + tuple(
+            None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
 
 
-def _matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """``x @ y`` accumulated and returned in float32; products of bfloat16 operands are exact in it."""
-    if x.dtype == torch.float32 and y.dtype == torch.float32:
-        return x @ y
-    if x.is_cuda:
-        return torch.mm(x.to(y.dtype), y, out_dtype=torch.float32)
-    return x.float() @ y.float()
-
-
-def _chunks(rows: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+def spread_gradients(call: Call, found: HeadGradients) -> list[torch.Tensor | None]:
+    """Return gradients for hidden, weight, bias and each segment's a and b, in order."""
+    rows = call.rows
+    grads: list[torch.Tensor | None] = [
+        None if found.hidden is None else call.spread(found.hidden),
+        found.weight,
+        found.bias,
+    ]
+    seen: dict[int, int] = {}
+    for each in rows.adapters:
+        first = id(each.a) not in seen
+        place = seen.setdefault(id(each.a), len(seen))
+        # An adapter of several segments has one gradient, which must not be counted twice.
+        grads += found.adapters[place] if found.adapters is not None and first else (None, None)
+    return grads

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Generic, Protocol, TypeVar
 
-Case = TypeVar("Case", contravariant=True)
+Case_contra = TypeVar("Case_contra", contravariant=True)
 
 
-class Implementation(Protocol[Case]):
+class Implementation(Protocol[Case_contra]):
     """One way to compute an operation."""
 
     name: str
 
-    def why_not(self, case: Case) -> str | None:
+    def why_not(self, case: Case_contra) -> str | None:
         """Return why this case can not be computed this way, naming the argument; None where it can."""
 
-    def preference(self, case: Case) -> int:
+    def preference(self, case: Case_contra) -> int:
         """Return how well it suits the case, for ``impl="auto"``: the highest is taken, below 0 only by name."""
 
 

@@ -28,4 +28,4 @@ def why_no_triton(device: torch.device) -> str | None:
         return None
     if interpreting():
         return None if device.type == "cpu" else "the Triton interpreter (TRITON_INTERPRET=1) takes CPU tensors only"
-    return f"Triton kernels do not run on {device.type}; on CPU only interpreted, with TRITON_INTERPRET=1 in the environment"
+    return f"Triton kernels do not run on {device.type}; on CPU only interpreted, with TRITON_INTERPRET=1 set"

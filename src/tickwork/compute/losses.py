@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import attrs
 import numpy as np
 import torch
 
@@ -18,34 +17,10 @@ from tickwork.requests import CustomLoss, ForwardBackward
 from tickwork.tensors import TensorDtype
 from tickwork.types import Datum
 
-RL_INPUTS: Mapping[str, TensorDtype] = {"logprobs": "float32", "advantages": "float32"}
-
-
-@attrs.frozen
-class TokenLoss:
-    """A built-in loss: a function of each token's logprob and inputs.
-
-    Args:
-        inputs: required loss inputs besides ``target_tokens``, and their dtype.
-        config: accepted configuration and its defaults.
-        evaluate: ``(logp, inputs, config) -> (loss, d loss / d logp)``.
-        wide: whether targets may be ``(N, K)``.
-    """
-
-    inputs: Mapping[str, TensorDtype]
-    config: Mapping[str, float]
-    evaluate: Callable[[torch.Tensor, kernels.token_losses.Inputs, Mapping[str, float]], kernels.token_losses.Pair]
-    wide: bool = False
-
-
-TOKEN_LOSSES: Mapping[str, TokenLoss] = {
-    "cross_entropy": TokenLoss({"weights": "float32"}, {}, kernels.cross_entropy, wide=True),
-    "importance_sampling": TokenLoss(RL_INPUTS, {}, kernels.importance_sampling),
-    "ppo": TokenLoss(RL_INPUTS, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}, kernels.ppo),
-    "cispo": TokenLoss(RL_INPUTS, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}, kernels.cispo),
-    # The service publishes no default for beta; this is the value its documentation uses as an example.
-    "dro": TokenLoss(RL_INPUTS, {"beta": 0.05}, kernels.dro),
-}
+# Every elementwise loss that the kernels know: the built-in ones and those a user has registered.
+TOKEN_LOSSES: Mapping[str, kernels.TokenLoss] = kernels.token_losses()
+# Of these the API takes targets (N,) only.
+NARROW = {"importance_sampling", "ppo", "cispo", "dro"}
 
 # Metrics that every result has.
 RESERVED = {"loss:sum", "clock_cycle:unique"}
@@ -76,7 +51,7 @@ def check(payload: ForwardBackward, vocab_size: int, context: int) -> None:
             raise InvalidRequestError(str(error), datum=index) from None
 
 
-def token_loss(name: str) -> TokenLoss:
+def token_loss(name: str) -> kernels.TokenLoss:
     """Return a built-in loss.
 
     Raises:
@@ -94,7 +69,7 @@ def settings(payload: ForwardBackward) -> dict[str, float]:
     return {**token_loss(payload.loss_fn).config, **{key: float(value) for key, value in payload.config.items()}}
 
 
-def _check_config(loss: TokenLoss, payload: ForwardBackward) -> None:
+def _check_config(loss: kernels.TokenLoss, payload: ForwardBackward) -> None:
     for key, value in payload.config.items():
         field = f"loss_fn_config[{key!r}]"
         if key not in loss.config:
@@ -110,7 +85,7 @@ def _check_datum(datum: Datum, loss_fn: str | CustomLoss, vocab_size: int, conte
         raise InvalidRequestError(f"has {len(tokens)} tokens; 1 to {context} are allowed", field="model_input")
     _check_ids(tokens, vocab_size, "model_input")
     targets = _input(datum, "target_tokens", "int64")
-    wide = callable(loss_fn) or TOKEN_LOSSES[loss_fn].wide
+    wide = callable(loss_fn) or loss_fn not in NARROW
     if targets.ndim not in ((1, 2) if wide else (1,)) or targets.shape[0] != len(tokens) or targets.size == 0:
         allowed = f"({len(tokens)},)" + (f" or ({len(tokens)}, K)" if wide else "")
         raise InvalidRequestError(
@@ -121,14 +96,14 @@ def _check_datum(datum: Datum, loss_fn: str | CustomLoss, vocab_size: int, conte
         _check_inputs(datum, TOKEN_LOSSES[loss_fn].inputs, targets.shape, loss_fn)
 
 
-def _check_inputs(datum: Datum, inputs: Mapping[str, TensorDtype], shape: tuple[int, ...], loss_fn: str) -> None:
+def _check_inputs(datum: Datum, inputs: Sequence[str], shape: tuple[int, ...], loss_fn: str) -> None:
     for key in datum.loss_fn_inputs:
         if key != "target_tokens" and key not in inputs:
             raise InvalidRequestError(
                 f"{loss_fn} does not use it; its inputs are target_tokens, {', '.join(inputs)}", field=_field(key)
             )
-    for key, dtype in inputs.items():
-        values = _input(datum, key, dtype)
+    for key in inputs:
+        values = _input(datum, key, "float32")
         if values.shape != shape:
             raise InvalidRequestError(f"shape {values.shape} is not that of target_tokens, {shape}", field=_field(key))
         bad = np.flatnonzero(~np.isfinite(values))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tickwork.compute.failure import out_of_memory
-from tickwork.compute.losses import TOKEN_LOSSES, call_custom, settings
+from tickwork.compute.losses import call_custom, settings, token_loss
 from tickwork.compute.model import BaseModel
 from tickwork.compute.optimizer import Trainable
 from tickwork.compute.rows import Row, pack
@@ -23,7 +23,7 @@ from tickwork.errors import CapacityError, LossError, RequestFailedError
 from tickwork.requests import ForwardBackward
 from tickwork.results import ForwardBackwardOutput
 from tickwork.tensors import TensorData
-from tickwork_kernels import HeadGradients, TargetLogprobs, linear_token_loss
+from tickwork_kernels import HeadGradients, Upstream, bind, head_gradients, hold_logprobs
 
 # Exponentials of the head kept between a custom loss's forward and backward; what is over is computed again.
 KEEP_BYTES = 2**28
@@ -152,6 +152,7 @@ def _run(base: BaseModel, work: Sequence[tuple[Progress, Piece]]) -> None:
         except RequestFailedError as error:
             part.progress.fail(error)
         if part.gradients is not None:
+            assert part.gradients.hidden is not None
             upstream[part.start : part.stop] = part.gradients.hidden
     _accumulate(hidden, upstream, [part for part in parts if part.gradients is not None])
     for part in parts:  # only now: what ran out of memory on the way here is run again
@@ -194,27 +195,23 @@ def _evaluate(part: _Part, hidden: torch.Tensor) -> HeadGradients | None:
 def _built_in(part: _Part, hidden: torch.Tensor) -> HeadGradients | None:
     progress, payload = part.progress, part.progress.payload
     assert isinstance(payload.loss_fn, str)
-    spec, config = TOKEN_LOSSES[payload.loss_fn], settings(payload)
     data = payload.data[part.piece.start : part.piece.stop]
-    inputs = {key: part.lay_out([datum.loss_fn_inputs[key].to_numpy() for datum in data]) for key in spec.inputs}
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    finite = torch.ones((), dtype=torch.bool, device=hidden.device)
-
-    def gradient(logp: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        loss, slope = spec.evaluate(logp, {key: values[start:stop] for key, values in inputs.items()}, config)
-        total.add_(loss.sum(dtype=torch.float64))
-        finite.logical_and_(torch.isfinite(slope).all())
-        return slope
-
+    names = token_loss(payload.loss_fn).inputs
+    inputs = {key: part.lay_out([datum.loss_fn_inputs[key].to_numpy() for datum in data]) for key in names}
+    loss = bind(payload.loss_fn, inputs, settings(payload))
     head, lora = progress.base.head, progress.model.adapter.head
+    gradients = None
     if payload.backward:
-        logprobs, gradients = linear_token_loss(hidden, part.targets, head, lora, gradient)
+        chunk, gradients = head_gradients(hidden, part.targets, head, loss, lora)
+        logprobs, losses, slope = chunk.logprobs, chunk.losses, chunk.upstream
     else:
-        logprobs, gradients = TargetLogprobs(hidden, part.targets, head, lora).logprobs, None
-        gradient(logprobs, 0, len(logprobs))
-    if not bool(finite):
+        logprobs = hold_logprobs(hidden, part.targets, head, lora).logprobs
+        losses, slope = loss.evaluate(logprobs)
+    assert losses is not None
+    assert slope is not None
+    if not bool(torch.isfinite(slope).all()):
         raise LossError(f"the gradient of {payload.loss_fn} is not finite: the importance ratio overflows")
-    part.loss = float(total)
+    part.loss = float(losses.sum(dtype=torch.float64))
     progress.logprobs[part.piece.start : part.piece.stop] = part.take_apart(logprobs)
     return gradients
 
@@ -222,14 +219,18 @@ def _built_in(part: _Part, hidden: torch.Tensor) -> HeadGradients | None:
 def _custom(part: _Part, hidden: torch.Tensor) -> HeadGradients | None:
     progress = part.progress
     wanted = _wants_gradient(part)
-    head = TargetLogprobs(
-        hidden, part.targets, progress.base.head, progress.model.adapter.head, KEEP_BYTES if wanted else 0
+    head = hold_logprobs(
+        hidden,
+        part.targets,
+        progress.base.head,
+        progress.model.adapter.head,
+        cache_bytes=KEEP_BYTES if wanted else None,
     )
     progress.logprobs[part.piece.start : part.piece.stop] = part.take_apart(head.logprobs)
     if part.piece.phase == "probe":
         return None
     gradients = progress.call_loss()
-    return head.backward(_upstream(part, gradients)) if wanted else None
+    return head.backward(Upstream(_upstream(part, gradients))) if wanted else None
 
 
 def _apply_known(part: _Part, hidden: torch.Tensor) -> HeadGradients | None:
@@ -238,10 +239,7 @@ def _apply_known(part: _Part, hidden: torch.Tensor) -> HeadGradients | None:
     if not progress.payload.backward:
         return None
 
-    def gradient(logp: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return upstream[start:stop]
-
-    return linear_token_loss(hidden, part.targets, progress.base.head, progress.model.adapter.head, gradient)[1]
+    return head_gradients(hidden, part.targets, progress.base.head, upstream, progress.model.adapter.head)[1]
 
 
 def _upstream(part: _Part, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -263,7 +261,7 @@ def _accumulate(hidden: torch.Tensor, upstream: torch.Tensor, parts: Sequence[_P
         model, gradients = part.progress.model, part.gradients
         assert gradients is not None
         count = len(model.adapter.body())
-        head = None if gradients.a is None or gradients.b is None else (gradients.a, gradients.b)
+        head = gradients.adapters[0] if gradients.adapters else None
         model.accumulate(grads[used : used + count], head)
         used += count
 

@@ -19,9 +19,13 @@ from tickwork.compute.rows import Row, pack
 from tickwork.engine.request import Outcome, Request
 from tickwork.errors import CapacityError, RequestCancelledError
 from tickwork.models import load_tokenizer
-from tickwork_kernels import Lora, TargetLogprobs, head_logits
+from tickwork_kernels import Lora, head_logits, hold_logprobs
 
 Drawn = tuple[Draw, Strand, int, float, Ranked | None]
+
+
+# Logits of a prompt that are ranked at once, for top logprobs.
+RANKED_LOGITS = 2**22
 
 
 class Sampler:
@@ -194,13 +198,13 @@ class Sampler:
         states = hidden[begin - 1 - row.start : end - 1 - row.start]
         lora = None if draw.adapter is None else draw.adapter.head
         targets = torch.tensor(prompt[begin:end], device=hidden.device)[:, None]
-        logprobs = TargetLogprobs(states, targets, self._base.head, lora).logprobs[:, 0].tolist()
+        logprobs = hold_logprobs(states, targets, self._base.head, lora).logprobs[:, 0].tolist()
         draw.scores.update(zip(range(begin, end), logprobs, strict=True))
         if draw.payload.topk_prompt_logprobs:
             self._rank_prompt(draw, states, lora, begin)
 
     def _rank_prompt(self, draw: Draw, states: torch.Tensor, lora: Lora | None, begin: int) -> None:
-        size = self._base.head.chunk_rows
+        size = max(1, RANKED_LOGITS // self._base.head.weight.shape[0])
         for at in range(0, len(states), size):
             logp = head_logits(states[at : at + size], self._base.head, lora).log_softmax(-1)
             for index, ranked in enumerate(rank(logp, draw.payload.topk_prompt_logprobs)):

@@ -1,0 +1,1 @@
+"""Checks that an implementation of an operation must pass; they need torch only."""

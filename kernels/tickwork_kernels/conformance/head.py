@@ -1,0 +1,294 @@
+"""Checks of the head: what every registered implementation must do, or refuse by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from tickwork_kernels.conformance.oracle import (
+    EPSILON,
+    Case,
+    changed,
+    hold_to_budget,
+    hold_to_rows,
+    in_one_sweep,
+    make,
+    reference,
+    runs,
+    ways,
+    with_logits,
+)
+from tickwork_kernels.head_sweep import Upstream
+from tickwork_kernels.heads import choose_both
+
+Check = Callable[[str, torch.device], str | None]
+
+FEATURES: dict[str, dict[str, object]] = {
+    "plain": {},
+    "one target": {"width": 1},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 4.0},
+    "multiplier": {"multiplier": 0.3},
+    "temperature": {"temperature": True},
+    "adapter": {"rank": 4},
+    "adapter of rank 1": {"rank": 1},
+    "lse": {"lse": True},
+    "entropy": {"entropy": True},
+    "all but an adapter": {
+        **{"bias": True, "softcap": 6.0, "multiplier": 1.7, "temperature": True},
+        **{"lse": True, "entropy": True},
+    },
+    "all": {
+        **{"bias": True, "softcap": 6.0, "multiplier": 1.7, "temperature": True, "rank": 8},
+        **{"lse": True, "entropy": True},
+    },
+    "one row": {"rows": 1, "width": 1, "vocab": 2, "dim": 1},
+    "more targets than tokens": {"rows": 3, "width": 5, "vocab": 4, "dim": 3, "entropy": True},
+    "ragged": {"rows": 63, "width": 1, "vocab": 257, "dim": 17},
+    "no rows": {"rows": 0},
+}
+
+
+def checks() -> list[tuple[str, Check]]:
+    """Return the checks by name; each takes an implementation's name and a device.
+
+    A check raises an AssertionError, or returns why the implementation refuses what it needs, or None.
+    """
+    features = [(f"budget: {name}", _feature(options)) for name, options in FEATURES.items()]
+    each: tuple[Check, ...] = (
+        several_chunks,
+        repeated_targets,
+        silent_rows,
+        silence,
+        strided_upstream,
+        confident_tokens,
+        far_away_logits,
+        hopeless_targets,
+        no_entropy_to_lose,
+        bfloat16,
+        confident_bfloat16,
+        repeats_bit_for_bit,
+        company_changes_no_logprob,
+        inputs_are_only_read,
+    )
+    return [*features, *((check.__name__.replace("_", " "), check) for check in each)]
+
+
+def _feature(options: dict[str, object]) -> Check:
+    def check(impl: str, device: torch.device) -> str | None:
+        return _within_budget(impl, make(device=device, **options))  # type: ignore[arg-type]
+
+    return check
+
+
+def _within_budget(impl: str, case: Case) -> str | None:
+    if (refusal := runs(impl, case)) is not None:
+        return refusal
+    hold_to_budget(case, ways(impl, case))
+    return None
+
+
+def several_chunks(impl: str, device: torch.device) -> str | None:
+    """However many chunks the rows take, the last one not full, the sums are the oracle's."""
+    case = make(1, device=device)
+    if (refusal := runs(impl, case)) is not None:
+        return refusal
+    size = choose_both(case.rows, None, impl)[0].chunk_rows(case.rows)
+    return _within_budget(impl, make(2 * size + 3, 2, dim=8, device=device))
+
+
+def repeated_targets(impl: str, device: torch.device) -> str | None:
+    """A token that stands several times in one row receives the sum of its upstream gradients."""
+    case = make(24, 4, device=device, lse=True)
+    targets = case.targets[:, :1].expand(-1, 4).contiguous()
+    targets[::2, 3] = 5
+    return _within_budget(impl, changed(case, targets=targets))
+
+
+def silent_rows(impl: str, device: torch.device) -> str | None:
+    """A row whose upstream is zero gets exactly zero and leaves the other rows as they are."""
+    case = make(40, 2, device=device)
+    if (refusal := runs(impl, case)) is not None:
+        return refusal
+    case.upstream.logprobs[::3] = 0
+    case.upstream.logprobs[1, 0] = 0
+    answers = ways(impl, case)
+    for way, answer in answers.items():
+        assert answer.hidden is not None
+        assert not answer.hidden[::3].any(), f"{way}: a silent row has a gradient"
+        assert answer.hidden[1].any(), f"{way}: a row with one silent target has none"
+    hold_to_budget(case, answers)
+    return None
+
+
+def silence(impl: str, device: torch.device) -> str | None:
+    """Where nothing comes in all gradients are exactly zero, and the logprobs are there."""
+    case = make(9, 2, device=device)
+    if (refusal := runs(impl, case)) is not None:
+        return refusal
+    case.upstream.logprobs.zero_()
+    answers = ways(impl, case)
+    assert not any(bool(answer.hidden.any()) for answer in answers.values() if answer.hidden is not None)
+    hold_to_budget(case, answers)
+    return None
+
+
+def strided_upstream(impl: str, device: torch.device) -> str | None:
+    """An expanded upstream, which has no memory of its own for each row, counts for each row."""
+    case = make(11, 2, device=device)
+    return _within_budget(impl, changed(case, upstream=Upstream(case.upstream.logprobs[:1].expand(11, 2))))
+
+
+def confident_tokens(impl: str, device: torch.device) -> str | None:
+    """A token of probability 1 - rest keeps its small gradient, to a thousandth of it."""
+    vocab = 64
+    targets = torch.tensor([[0], [7], [63], [20], [21], [22]])
+    for rest in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
+        peak = math.log((1 - rest) / rest) + math.log(vocab - 1.0)
+        case = with_logits(torch.zeros(6, vocab).scatter_(1, targets, peak), targets, device)
+        if (refusal := runs(impl, case)) is not None:
+            return refusal
+        exact, answers = reference(case, torch.float64), ways(impl, case)
+        for way, answer in answers.items():
+            hold_to_rows(answer.hidden, exact.hidden, 1e-3, f"{way}: p = 1 - {rest:g}")
+            assert float(answer.logprobs.max()) <= 0, f"{way}: a logprob is above 0"
+        hold_to_budget(case, answers)
+    return None
+
+
+def far_away_logits(impl: str, device: torch.device) -> str | None:
+    """Where all logits lie far below or above zero the result is finite and exact: a softmax has no origin."""
+    for level in (-1e30, -1e4, -100.0, 100.0, 1e4, 1e30):
+        logits = torch.full((4, 32), level)
+        logits[1, 3] = level * (1 + 2**-20)
+        logits[2, :2] = level * (1 + 2**-18)  # two equal extremes
+        case = with_logits(logits, torch.tensor([[0], [3], [1], [31]]), device)
+        if (refusal := runs(impl, case)) is not None:
+            return refusal
+        exact = reference(case, torch.float64)
+        # The spacing of float32 at this level, which the lse alone may lose; at 1e30 nothing else is left.
+        spacing = 4 * EPSILON * abs(level)
+        for way, answer in ways(impl, case).items():
+            assert answer.hidden is not None
+            assert bool(torch.isfinite(answer.hidden).all()), f"{way}: not finite at {level:g}"
+            off = float((answer.logprobs.double() - exact.logprobs)[[0, 3]].abs().max())
+            assert off <= 2e-6 + spacing, f"{way}: logprobs are off by {off:.3g} at {level:g}"
+            off = float((answer.hidden.double() - exact.hidden)[[0, 3]].abs().max())
+            assert off <= 2e-6 + spacing, f"{way}: gradients are off by {off:.3g} at {level:g}"
+    return None
+
+
+def hopeless_targets(impl: str, device: torch.device) -> str | None:
+    """A target a thousand nats below the best token has its logprob, and the gradient that lifts it."""
+    logits = torch.zeros(2, 16)
+    logits[:, 4] = 1000.0
+    case = with_logits(logits, torch.tensor([[0], [4]]), device)
+    if (refusal := runs(impl, case)) is not None:
+        return refusal
+    for way, answer in ways(impl, case).items():
+        assert answer.hidden is not None
+        off = float((answer.logprobs[:, 0].cpu() - torch.tensor([-1000.0, 0.0])).abs().max())
+        assert off <= 2e-4, f"{way}: logprobs are off by {off:.3g}"
+        assert abs(float(answer.hidden[0, 0]) + 1.0) < 1e-6, f"{way}: the target is not lifted"
+        assert abs(float(answer.hidden[0, 4]) - 1.0) < 1e-6, f"{way}: the best token is not lowered"
+        assert not bool(answer.hidden[1].abs().gt(1e-30).any()), f"{way}: a certain token has a gradient"
+    return None
+
+
+def no_entropy_to_lose(impl: str, device: torch.device) -> str | None:
+    """Equal logits have the entropy log V and no gradient of it; one certain token has none of either."""
+    logits = torch.zeros(2, 32)
+    logits[1, 3] = 200.0
+    case = with_logits(logits, torch.tensor([[0], [3]]), device)
+    zeros = torch.zeros(2, 1, device=device)
+    case = changed(case, upstream=Upstream(zeros, None, torch.ones(2, device=device)))
+    if (refusal := runs(impl, case)) is not None:
+        return refusal
+    for way, answer in ways(impl, case).items():
+        assert answer.entropy is not None
+        assert answer.hidden is not None
+        off = float((answer.entropy.cpu() - torch.tensor([math.log(32), 0.0])).abs().max())
+        assert off <= 1e-6, f"{way}: the entropy is off by {off:.3g}"
+        assert float(answer.hidden.abs().max()) <= 1e-6, f"{way}: the entropy has a gradient"
+    return None
+
+
+def bfloat16(impl: str, device: torch.device) -> str | None:
+    """With a bfloat16 head logprobs are float32-exact for the rounded weights; gradients are exact to bfloat16."""
+    for options in ({}, {"bias": True, "softcap": 6.0, "multiplier": 1.7}, {"rank": 4}):
+        case = make(33, 3, dtype=torch.bfloat16, device=device, **options)  # type: ignore[arg-type]
+        if (refusal := runs(impl, case)) is not None:
+            if options:
+                continue
+            return refusal
+        exact, rounded = reference(case, torch.float64), reference(case, torch.float32)
+        allowed = 2 * float((rounded.logprobs - exact.logprobs).abs().max()) + 2e-6
+        for way, answer in ways(impl, case).items():
+            off = float((answer.logprobs - exact.logprobs).abs().max())
+            assert off <= allowed, f"{way}: logprobs are off by {off:.3g}, {allowed:.3g} allowed"
+            hold_to_rows(answer.hidden, exact.hidden, 2**-8, f"{way}: hidden")
+            if exact.a is not None:
+                hold_to_rows(answer.a, exact.a, 2**-8, f"{way}: a")
+                hold_to_rows(answer.b, exact.b, 2**-8, f"{way}: b")
+    return None
+
+
+def confident_bfloat16(impl: str, device: torch.device) -> str | None:
+    """Rounding to bfloat16 does not blur a confident token: each row is as exact as bfloat16 allows."""
+    for rest in (1e-1, 1e-3, 1e-5):
+        case = make(16, 1, vocab=64, dim=16, dtype=torch.bfloat16, device=device)
+        wide = case.head.weight.float()[case.targets[:, 0]]
+        hidden = wide / wide.square().sum(1, keepdim=True) * (math.log((1 - rest) / rest) + 5)
+        ones = Upstream(-torch.ones(16, 1, device=device))
+        case = changed(case, hidden=hidden.to(torch.bfloat16), upstream=ones)
+        if (refusal := runs(impl, case)) is not None:
+            return refusal
+        exact = reference(case, torch.float64)
+        least = float(-exact.logprobs.max().expm1())
+        for way, answer in ways(impl, case).items():
+            hold_to_rows(answer.hidden, exact.hidden, max(2**-8, 8 * EPSILON / least), f"{way}: 1 - p = {least:.1g}")
+    return None
+
+
+def repeats_bit_for_bit(impl: str, device: torch.device) -> str | None:
+    """The same call gives the same bits."""
+    case = make(45, 2, device=device)
+    if (refusal := runs(impl, case)) is not None:
+        return refusal
+    first = in_one_sweep(impl, case)
+    for _ in range(3):
+        again = in_one_sweep(impl, case)
+        assert torch.equal(first.logprobs, again.logprobs), "logprobs differ"
+        assert first.hidden is not None
+        assert again.hidden is not None
+        assert torch.equal(first.hidden, again.hidden), "gradients differ"
+    return None
+
+
+def company_changes_no_logprob(impl: str, device: torch.device) -> str | None:
+    """A token's logprob has the same bits alone, among others, and in another place."""
+    case = make(70, 1, device=device, dim=32)
+    if (refusal := runs(impl, case)) is not None:
+        return refusal
+    if not choose_both(case.rows, None, impl)[0].invariant:
+        return "does not promise it"
+    whole = in_one_sweep(impl, case).logprobs
+    for index in (torch.tensor([11]), torch.arange(5, 22), torch.arange(69, -1, -1)):
+        place = index.to(device)
+        part = changed(case, hidden=case.hidden[place], targets=case.targets[place], upstream=case.upstream.take(place))
+        assert torch.equal(in_one_sweep(impl, part).logprobs, whole[place]), f"{len(index)} rows: other bits"
+    return None
+
+
+def inputs_are_only_read(impl: str, device: torch.device) -> str | None:
+    """Hidden states, targets, weights and upstream are read, never written."""
+    case = make(20, 2, device=device)
+    if (refusal := runs(impl, case)) is not None:
+        return refusal
+    tensors = (case.hidden, case.targets, case.upstream.logprobs, case.head.weight)
+    before = [tensor.clone() for tensor in tensors]
+    ways(impl, case)
+    assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True)), "an input changed"
+    return None
