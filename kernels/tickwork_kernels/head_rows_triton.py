@@ -34,16 +34,21 @@ def transform(z, bias, multiplier, softcap, inverse_temperature, SOFTCAP: tl.con
 
 
 @triton.jit
-def fold(w, slope, valid, axis: tl.constexpr, ENTROPY: tl.constexpr):
-    """Of one split: ``(k, sum, weighted sum, terms, terms * (w - k))``; all but ``valid`` columns are left out."""
-    w = tl.where(valid, w, LOWEST)
+def fold(w, slope, axis: tl.constexpr, ENTROPY: tl.constexpr):
+    """Of one split: ``(k, sum, weighted sum, terms, terms * (w - k))``; columns at ``LOWEST`` are left out."""
     k = tl.maximum(tl.ceil(tl.max(w, axis)), LOWEST)
     distance = w - tl.expand_dims(k, axis)
-    terms = tl.where(valid, tl.exp2(distance), 0.0)
+    terms = tl.where(w > LOWEST, tl.exp2(distance), 0.0)
     weighted = tl.zeros_like(terms)
     if ENTROPY:
         weighted = tl.where(terms > 0, terms * distance, 0.0)
     return k, tl.sum(terms, axis), tl.sum(weighted, axis), terms * slope, weighted * slope
+
+
+@triton.jit
+def picked(values, columns, y):
+    """Return the value of each row in column ``y``."""
+    return tl.sum(tl.where(columns[None, :] == y[:, None], values, 0.0), 1)
 
 
 @triton.jit
@@ -67,16 +72,17 @@ def fold_kernel(
     if TEMPERATURE:
         cool = tl.load(inverse_temperature + row, mask=here, other=1.0)
     w, slope = transform(z, shift[None, :], multiplier, softcap, cool[:, None], SOFTCAP)
-    valid = inside
+    w = tl.where(inside, w, LOWEST)
     for j in range(count):
-        y = tl.load(targets + row * count + j, mask=here, other=-1) - first
-        hit = columns[None, :] == y[:, None]
-        valid = valid & (columns[None, :] != y[:, None])
+        y = (tl.load(targets + row * count + j, mask=here, other=-1) - first).to(tl.int32)
         own = here & (y >= 0) & (y < width)
-        tl.store(target_w + row * count + j, tl.sum(tl.where(hit, w, 0.0), 1), mask=own)
+        tl.store(target_w + row * count + j, picked(w, columns, y), mask=own)
         if SOFTCAP:
-            tl.store(target_slope + row * count + j, tl.sum(tl.where(hit, slope, 0.0), 1), mask=own)
-    k, total, spread, kept, kept_weighted = fold(w, slope, valid, 1, ENTROPY)
+            tl.store(target_slope + row * count + j, picked(slope, columns, y), mask=own)
+    for j in range(count):
+        y = (tl.load(targets + row * count + j, mask=here, other=-1) - first).to(tl.int32)
+        w = tl.where(columns[None, :] == y[:, None], LOWEST, w)
+    k, total, spread, kept, kept_weighted = fold(w, slope, 1, ENTROPY)
     place = row * splits + split
     tl.store(split_k + place, k, mask=here)
     tl.store(split_sum + place, total, mask=here)
@@ -109,7 +115,9 @@ def merge(k, total, spread, w, unique, ENTROPY: tl.constexpr):
     own = tl.arange(0, w.shape[1])[None, :]
     first = tl.min(tl.where(unique & (w == likely[:, None]), own, w.shape[1]), 1)
     others = tl.sum(tl.where(own == first[:, None], 0.0, ours), 1)
-    log_total = tl.where(likely >= highest, log2_of_one_plus(rest + others), tl.log2(rest + tl.sum(ours, 1)))
+    # Rows beyond the last have nothing to sum; the bound keeps their logarithm a number.
+    whole = tl.maximum(rest + tl.sum(ours, 1), 1e-38)
+    log_total = tl.where(likely >= highest, log2_of_one_plus(rest + others), tl.log2(whole))
     entropy = log_total
     if ENTROPY:
         far = tl.where(total > 0, over * (spread + (k - peak[:, None]) * total), 0.0)
@@ -186,3 +194,53 @@ def probabilities_kernel(
             # A split of nothing but targets has the lowest base of all, whose product with 0 may not be 0.
             value = tl.where(kept != 0, value, 0.0)
         tl.store(out + row[:, None] * out_stride + columns[None, :], value.to(out.dtype.element_ty), mask=inside)
+
+
+def compile_targets() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[str, object], dict[str, int]]]:
+    """Return ``(name, kernel, signature, constexprs, options)`` of every variant that the compile gate looks at."""
+    targets = []
+    for wide in ("bf16", "fp32"):
+        flags = {"BIAS": False, "SOFTCAP": False, "TEMPERATURE": False, "ENTROPY": False, "KEEP": True}
+        fold_flags = {**flags, "KEEP_WEIGHTED": False, "ROWS": 1, "BLOCK": 8192}
+        all_flags = dict.fromkeys(fold_flags, True) | {"ROWS": 1, "BLOCK": 8192}
+        for name, constants in (("plain", fold_flags), ("all", all_flags)):
+            targets.append((f"fold-{wide}-{name}", fold_kernel, types(fold_kernel, wide, constants), constants, WARPS))
+        for name, beta in (("plain", False), ("entropy", True)):
+            constants = {"BETA": beta, "ROWS": 1, "BLOCK": 4096}
+            signature = types(probabilities_kernel, wide, constants)
+            targets.append((f"probabilities-{wide}-{name}", probabilities_kernel, signature, constants, WARPS))
+    from tickwork_kernels.token_losses_triton import ppo
+
+    for name, loss, count in (("plain", None, 1), ("ppo", ppo, 1), ("eight targets", None, 8)):
+        constants = {
+            "ENTROPY": True,
+            "LOSS": loss,
+            "INPUTS": 2,
+            "SETTINGS": 2,
+            "ROWS": 1,
+            "SPLITS": 1024,
+            "COUNT": count,
+        }
+        targets.append((f"finish-{name}", finish_kernel, types(finish_kernel, "fp32", constants), constants, {}))
+    return targets
+
+
+WARPS = {"num_warps": 8}
+INTEGERS = {"logits_stride", "terms_stride", "out_stride", "hidden_stride", "weight_stride", "split", "splits", "first"}
+INTEGERS |= {"width", "rows", "count", "vocab", "dim"}
+IN_WEIGHT_DTYPE = {"bias", "terms", "weighted", "out", "hidden", "weight"}
+
+
+def types(kernel: triton.JITFunction, wide: str, constants: dict[str, object]) -> dict[str, str]:
+    """Return a kernel's signature; tensors in the weight's dtype are ``wide``."""
+
+    def of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in INTEGERS:
+            return "i32"
+        if name in ("multiplier", "softcap"):
+            return "fp32"
+        return "*i64" if name == "targets" else f"*{wide}" if name in IN_WEIGHT_DTYPE else "*fp32"
+
+    return {name: of(name) for name in kernel.arg_names}

@@ -68,13 +68,13 @@ class _MultiLora(torch.autograd.Function):
         if needs[0] or any(needs[3::2]):
             d_low = plan.down(wide, transposed=True)
             if needs[0]:
-                dx = plan.up(d_low, None, weights_width(weights), transposed=False)
+                dx = plan.up(d_low, None, _width(weights), transposed=False)
             grads[0::2] = plan.outer(x, d_low, weights[0::2], needs[3::2], [s.grad_a for s in ctx.segments], False)
         grads[1::2] = plan.outer(wide, low, weights[1::2], needs[4::2], [s.grad_b for s in ctx.segments], True)
         return dx, grad if needs[1] else None, None, *grads
 
 
-def weights_width(weights: Sequence[torch.Tensor | None]) -> int:
+def _width(weights: Sequence[torch.Tensor | None]) -> int:
     """Return ``d_in``, from the first ``a`` there is."""
     return next(int(a.shape[1]) for a in weights[0::2] if a is not None)
 

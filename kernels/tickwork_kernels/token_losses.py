@@ -32,7 +32,8 @@ class TokenLoss:
 
     Args:
         name: what ``loss=`` takes.
-        evaluate: ``(logp, inputs, config) -> (loss, d loss / d logp)`` in torch; any shape, float32 or float64.
+        evaluate: ``(logp, inputs, config) -> (loss, d loss / d logp)`` in torch; any shape, float32 or float64. Where
+            the derivative is meant to leave something out, ``detach()`` it: the conformance suite asks autograd.
         inputs: names of its inputs, each a tensor of the targets' shape.
         config: names and defaults of its settings.
         twin: the same function under ``triton.jit``, or ``"module:name"`` of one, or None. It takes ``logp`` and two
@@ -118,7 +119,7 @@ def ppo(logp: torch.Tensor, inputs: Inputs, config: Config) -> Pair:
 
 def cispo(logp: torch.Tensor, inputs: Inputs, config: Config) -> Pair:
     """``-stop_gradient(clamp(r, low, high)) * logp * A`` with ``r = exp(logp - logprobs)``."""
-    ratio = _ratio(logp, inputs).clamp(config["clip_low_threshold"], config["clip_high_threshold"])
+    ratio = _ratio(logp, inputs).detach().clamp(config["clip_low_threshold"], config["clip_high_threshold"])
     weight = ratio * inputs["advantages"]
     return -weight * logp, -weight
 

@@ -49,3 +49,22 @@ def dro(logp, inputs, config):
     distance = logp - inputs[0]
     loss = -(logp * inputs[1] - 0.5 * config[0] * distance * distance)
     return loss, config[0] * distance - inputs[1]
+
+
+@triton.jit
+def apply_kernel(
+    logp, inputs, config, losses, upstream, count,
+    LOSS: tl.constexpr, INPUTS: tl.constexpr, SETTINGS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Evaluate a twin on ``[count]`` logprobs and ``[INPUTS, count]`` inputs, alone; for the conformance suite."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    given = ()
+    for j in tl.static_range(INPUTS):
+        given = given + (tl.load(inputs + j * count + at, mask=inside, other=0.0),)
+    settings = ()
+    for j in tl.static_range(SETTINGS):
+        settings = settings + (tl.load(config + j),)
+    loss, slope = LOSS(tl.load(logp + at, mask=inside, other=0.0), given, settings)
+    tl.store(losses + at, loss, mask=inside)
+    tl.store(upstream + at, slope, mask=inside)

@@ -47,6 +47,7 @@ FEATURES: dict[str, dict[str, object]] = {
     "one row": {"rows": 1, "width": 1, "vocab": 2, "dim": 1},
     "more targets than tokens": {"rows": 3, "width": 5, "vocab": 4, "dim": 3, "entropy": True},
     "ragged": {"rows": 63, "width": 1, "vocab": 257, "dim": 17},
+    "ragged rows and vocabulary": {"rows": 63, "width": 1, "vocab": 257, "dim": 40},
     "no rows": {"rows": 0},
 }
 

@@ -219,7 +219,7 @@ def strides(impl: str, device: torch.device) -> None:
 
 
 def _spread(leaf: torch.Tensor, offset: int, step: int) -> torch.Tensor:
-    """Return a leaf of equal values that starts so many elements into a buffer and takes every so-manieth."""
+    """Return a leaf of equal values that lies at an offset into a buffer, its elements some steps apart."""
     buffer = torch.zeros(offset + leaf.numel() * step, dtype=leaf.dtype, device=leaf.device)
     return buffer[offset:].view(*leaf.shape, step)[..., 0].copy_(leaf.detach()).requires_grad_()
 

@@ -56,7 +56,7 @@ def make(
     *,
     device: torch.device,
     vocab: int = 101,
-    dim: int = 20,
+    dim: int = 24,
     dtype: torch.dtype = torch.float32,
     bias: bool = False,
     softcap: float | None = None,

@@ -1,0 +1,89 @@
+"""``python -m tickwork_kernels.check``: run every registered implementation through the conformance suite.
+
+On CPU, Triton kernels run in Triton's interpreter, which proves indexing, masks and algebra, not speed or races.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
+
+import torch
+
+Check = Callable[[str, torch.device], str | None]
+OPERATIONS = ("head", "losses", "adamw", "multi_lora")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the suite, print a line for each check that fails or is refused, and return the number of failures."""
+    options = _parser().parse_args(arguments)
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        # Read when kernels are first imported, below.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    for plugin in options.plugin:
+        import_module(plugin)
+    failures = total = 0
+    for operation in options.only or OPERATIONS:
+        for implementation, checks in _suite(operation, options.impl):
+            begun, refused = time.perf_counter(), []
+            for name, check in checks:
+                total += 1
+                answer = run(check, implementation, device)
+                if answer is not None and answer.startswith("FAILED"):
+                    failures += 1
+                    print(f"{operation} {implementation}: {name}: {answer}", flush=True)
+                elif answer is not None:
+                    refused.append(f"{name} ({answer})")
+            took = time.perf_counter() - begun
+            print(f"{operation} {implementation}: {len(checks)} checks in {took:.1f} s", flush=True)
+            for line in refused:
+                print(f"    not checked: {line}")
+    print(f"{total - failures} of {total} checks passed or were refused by name, {failures} failed")
+    return min(failures, 100)
+
+
+def run(check: Check, implementation: str, device: torch.device) -> str | None:
+    """Run one check; return ``FAILED`` and why, why it does not apply, or None."""
+    try:
+        return check(implementation, device)
+    except NotImplementedError as refusal:
+        return str(refusal)
+    except Exception as error:  # whatever an implementation raises is its failure, not the suite's end
+        return f"FAILED: {type(error).__name__}: {error}"
+
+
+def _suite(operation: str, only: list[str]) -> Iterator[tuple[str, list[tuple[str, Check]]]]:
+    """Yield each implementation's name with its checks."""
+    checks = import_module(f"tickwork_kernels.conformance.{operation}").checks()
+    for name in _names(operation):
+        if not only or name in only:
+            yield name, checks
+
+
+def _names(operation: str) -> list[str]:
+    if operation == "losses":
+        return list(import_module("tickwork_kernels.token_losses").token_losses())
+    module, registry = {
+        "head": ("heads", "HEADS"),
+        "adamw": ("adamw", "ADAMW"),
+        "multi_lora": ("multi_lora", "MULTI_LORA"),
+    }[operation]
+    return [each.name for each in getattr(import_module(f"tickwork_kernels.{module}"), registry).all()]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tickwork_kernels.check", description=__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu (Triton interpreted) or cuda")
+    parser.add_argument("--only", action="append", choices=OPERATIONS, help="an operation; may be repeated")
+    parser.add_argument("--impl", action="append", default=[], help="an implementation or loss; may be repeated")
+    parser.add_argument("--plugin", action="append", default=[], help="a module that registers more; may be repeated")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
