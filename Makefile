@@ -1,7 +1,7 @@
 # make demo      install into .venv and fine-tune the shipped model
 # make demo-rl   the same by reward
 # make test      install, lint, type-check, test
-# make bench     the table of speeds
+# make bench     the tables of speeds
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -18,6 +18,7 @@ demo-rl: $(VENV)/.installed
 
 test: lint
 	$(VENV)/bin/python -m pytest
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/interpreter
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check
@@ -26,6 +27,7 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(VENV)/bin/python -m bench
+	$(VENV)/bin/python -m bench kernels
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

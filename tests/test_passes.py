@@ -489,3 +489,27 @@ def test_training_with_a_store_folder_writes_nothing_by_itself(tmp_path: Path) -
     before = sorted(tmp_path.rglob("*"))
     bench.run(train("run", data_of((3,))), step(OptimStep("run", AdamParams()), "run"))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_steps_of_several_models_at_once_are_those_of_each() -> None:
+    """What CUDA steps in one go: every model's weights, metrics and errors are those of steps one by one."""
+    benches = []
+    for together in (False, True):
+        bench = Bench()
+        for name, seed in (("a", 1), ("b", 2), ("idle", 3)):
+            bench.create(name, rank=4, seed=seed)
+        bench.device._steps_together = together
+        bench.run(*(train(name, data_of(LENGTHS, seed)) for seed, name in enumerate(("a", "b"))))
+        asked = {"a": 0.0, "b": 0.5, "idle": 0.0, "nobody": 0.0}
+        asks = [OptimStep(name, AdamParams(1e-2, grad_clip_norm=clip)) for name, clip in asked.items()]
+        benches.append((bench, bench.run(*(step(ask, ask.model_id) for ask in asks))))
+    (one, found), (other, same) = benches
+    by_lane = {outcome.request.lane: outcome for outcome in same}
+    for outcome in found:
+        twin = by_lane[outcome.request.lane]
+        assert (twin.error is None) == (outcome.error is None) == (outcome.request.lane != "nobody")
+        assert outcome.error is not None or outcome.value.metrics == twin.value.metrics
+    for name in ("a", "b", "idle"):
+        assert torch.equal(one.model(name).state.adapter.arena, other.model(name).state.adapter.arena)
+    assert one.model("a").state.steps == other.model("b").state.steps == 1
+    assert other.model("idle").state.steps == 0

@@ -15,6 +15,7 @@ Run = Callable[[Mark], object]
 
 REGISTERED, NAIVE, ANCHOR, BASE = "registered", "naive", "anchor", "base"
 FORWARD, BACKWARD, FULL = "forward", "backward", "full"
+MODES = (FORWARD, BACKWARD, FULL)
 
 
 @dataclass(frozen=True)

@@ -157,10 +157,10 @@ class _Torch:
 
     name = "torch"
 
-    def why_not(self, case: AdamWCase) -> str | None:  # noqa: ARG002
+    def why_not(self, case: AdamWCase) -> str | None:
         return None
 
-    def preference(self, case: AdamWCase) -> int:  # noqa: ARG002
+    def preference(self, case: AdamWCase) -> int:
         return 0
 
     def run(self, case: AdamWCase) -> AdamWReport:

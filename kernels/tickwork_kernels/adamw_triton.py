@@ -4,8 +4,6 @@ Neither uses atomics and every sum has a fixed order, so the result is the same 
 not depend on which others share the launch.
 """
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,misc"
-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -57,7 +55,7 @@ CONFIGS = {"compiled": Config(8, 1024, 8), "interpreted": Config(2, 2, 8)}
 
 
 @triton.jit
-def pointers(row, start, COLUMN: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # noqa: N803
+def pointers(row, start, COLUMN: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     """Return the addresses of one block of the tensor that a column of an adapter's row points to.
 
     Aligned ones are declared such that four numbers are one access, whatever their type, for one layout throughout.
@@ -69,7 +67,7 @@ def pointers(row, start, COLUMN: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def square_sums_kernel(table, hypers, owners, sums, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # noqa: N803
+def square_sums_kernel(table, hypers, owners, sums, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Store in ``sums[program]`` the sum of squares of one chunk of one adapter's gradient times its multiplier.
 
     The addresses are not declared aligned even where they are: the order of the sum would depend on it.
@@ -90,7 +88,7 @@ def square_sums_kernel(table, hypers, owners, sums, BLOCK: tl.constexpr, CHUNK: 
 
 
 @triton.jit
-def adapter_norm(sums, size, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SUMS: tl.constexpr):  # noqa: N803
+def adapter_norm(sums, size, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SUMS: tl.constexpr):
     """Return the root of the sum of one adapter's ``sums``, always added in the same order."""
     count = tl.cdiv(size, BLOCK * CHUNK)
     total = tl.zeros([SUMS], tl.float32)
@@ -119,7 +117,7 @@ def moved(master, grad, exp_avg, exp_avg_sq, hyper):
 
 
 @triton.jit
-def high_bits(bits, KIND: tl.constexpr):  # noqa: N803
+def high_bits(bits, KIND: tl.constexpr):
     """Return the bits of the bfloat16 nearest to a float32: ties to even, or away from zero beside a remainder."""
     if KIND == 1:
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
@@ -134,12 +132,12 @@ def step_kernel(
     sums,
     norms,
     applied,
-    KIND: tl.constexpr,  # noqa: N803
-    ZERO_GRAD: tl.constexpr,  # noqa: N803
-    ALIGNED: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
-    SUMS: tl.constexpr,  # noqa: N803
+    KIND: tl.constexpr,
+    ZERO_GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     """Step one block of one adapter, of a kind by its place in ``KINDS``; its first block stores norm and applied.
 

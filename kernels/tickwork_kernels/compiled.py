@@ -93,7 +93,7 @@ def _aligned(kernel: Any, signature: dict[str, str]) -> dict[tuple[int, ...], li
 
 def _usage(cubin: bytes) -> dict[str, int]:
     """Return registers of a thread and bytes spilled to local memory."""
-    tool = Path(import_module("triton").__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(str(import_module("triton").__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)

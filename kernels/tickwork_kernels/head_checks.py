@@ -52,6 +52,10 @@ class Call:
     ignored: torch.Tensor | None
     count: int
 
+    def own_dtypes(self) -> torch.autocast:
+        """Return a region in which an autocast of the caller's changes no dtype."""
+        return torch.autocast(self.rows.hidden.device.type, enabled=False)
+
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Bring ``[n, ...]`` values back to all rows; 0 for ignored ones."""
         if self.kept is None:
@@ -142,6 +146,8 @@ def _check_adapters(hidden: torch.Tensor, weight: torch.Tensor, lora: Adapters) 
             raise ValueError(f"lora[{number}] has only one of a and b; give both, or neither for the base alone")
         if each.a is None or each.b is None:
             continue
+        if each.grad_a is not None or each.grad_b is not None:
+            raise ValueError(f"lora[{number}].grad_a and grad_b must be None: gradients are left to autograd here")
         if each.a.dim() != 2 or each.a.shape[1] != hidden.shape[1]:
             raise ValueError(f"lora[{number}].a must be [r, D] with D = {hidden.shape[1]}, not {list(each.a.shape)}")
         if each.b.shape != (len(weight), len(each.a)):

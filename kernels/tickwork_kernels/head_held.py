@@ -88,10 +88,11 @@ class HeldLogprobs:
             chunk, given, where = self._kept.pop(start, None), upstream.chunk(start, stop), index + start
             if len(index) == 0:
                 continue
-            if len(index) < stop - start:
+            some = part if len(index) == stop - start else part.take(index)
+            if some is not part:
                 chunk = None if chunk is None else self._kernel.select(chunk, index)
-                part, given = part.take(index), given.take(index)
-            sums.add(self._kernel, part, chunk or self._kernel.forward(part, None), given, where)
+                given = given.take(index)
+            sums.add(self._kernel, some, chunk or self._kernel.forward(some, None), given, where)
         return sums.gradients()
 
     def _scale(self, upstream: Upstream) -> HeadGradients:

@@ -7,12 +7,15 @@ does not depend on the logits' size. Powers of two are exact, so merging splits 
 Source of the scaled exponentials: the epilogue of Dao-AILab's quack, described in its documentation.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
-
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import triton
 import triton.language as tl
+
+from tickwork_kernels.token_losses_triton import ppo
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -196,9 +199,9 @@ def probabilities_kernel(
         tl.store(out + row[:, None] * out_stride + columns[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
-def compile_targets() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[str, object], dict[str, int]]]:
+def compile_targets() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """Return ``(name, kernel, signature, constexprs, options)`` of every variant that the compile gate looks at."""
-    targets = []
+    targets: list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]] = []
     for wide in ("bf16", "fp32"):
         flags = {"BIAS": False, "SOFTCAP": False, "TEMPERATURE": False, "ENTROPY": False, "KEEP": True}
         fold_flags = {**flags, "KEEP_WEIGHTED": False, "ROWS": 1, "BLOCK": 8192}
@@ -209,19 +212,10 @@ def compile_targets() -> list[tuple[str, triton.JITFunction, dict[str, str], dic
             constants = {"BETA": beta, "ROWS": 1, "BLOCK": 4096}
             signature = types(probabilities_kernel, wide, constants)
             targets.append((f"probabilities-{wide}-{name}", probabilities_kernel, signature, constants, WARPS))
-    from tickwork_kernels.token_losses_triton import ppo
-
     for name, loss, count in (("plain", None, 1), ("ppo", ppo, 1), ("eight targets", None, 8)):
-        constants = {
-            "ENTROPY": True,
-            "LOSS": loss,
-            "INPUTS": 2,
-            "SETTINGS": 2,
-            "ROWS": 1,
-            "SPLITS": 1024,
-            "COUNT": count,
-        }
-        targets.append((f"finish-{name}", finish_kernel, types(finish_kernel, "fp32", constants), constants, {}))
+        finish: dict[str, Any] = {"ENTROPY": True, "LOSS": loss, "INPUTS": 2, "SETTINGS": 2, "ROWS": 1}
+        finish |= {"SPLITS": 1024, "COUNT": count}
+        targets.append((f"finish-{name}", finish_kernel, types(finish_kernel, "fp32", finish), finish, {}))
     return targets
 
 
@@ -231,7 +225,7 @@ INTEGERS |= {"width", "rows", "count", "vocab", "dim"}
 IN_WEIGHT_DTYPE = {"bias", "terms", "weighted", "out", "hidden", "weight"}
 
 
-def types(kernel: triton.JITFunction, wide: str, constants: dict[str, object]) -> dict[str, str]:
+def types(kernel: Any, wide: str, constants: Mapping[str, Any]) -> dict[str, str]:
     """Return a kernel's signature; tensors in the weight's dtype are ``wide``."""
 
     def of(name: str) -> str:

@@ -93,7 +93,8 @@ class Sums:
             return torch.zeros(like.shape, dtype=head.dtype, device=device)
 
         self.hidden = zeros(rows.hidden) if needs.hidden else None
-        pairs = {id(each.a): (each.a, each.b) for each in rows.adapters if each.a is not None and each.b is not None}
+        both = [(each.a, each.b) for each in rows.adapters if each.a is not None and each.b is not None]
+        pairs = {(id(a), id(b)): (a, b) for a, b in both}
         self._places = {key: place for place, key in enumerate(pairs)}
         self.adapters = [(zeros(a), zeros(b)) for a, b in pairs.values()] if needs.adapters else None
         self.weight = zeros(head.weight) if needs.weight else None
@@ -142,7 +143,7 @@ class Sums:
                 self.hidden.index_add_(0, where[span], low @ a)
             if self.adapters is not None:
                 # The segment is the same object's part in every chunk: its parameters tell which one it is.
-                grad_a, grad_b = self.adapters[self._places[id(each.a)]]
+                grad_a, grad_b = self.adapters[self._places[id(each.a), id(each.b)]]
                 down = wide @ a.T
                 grad_a.addmm_(low.T, wide)
                 grad_b += _thin(part.T, down * each.scale)

@@ -109,7 +109,13 @@ def explain(
 
 
 def needs_of(hidden: torch.Tensor, weight: torch.Tensor, options: HeadOptions, entropy: Entropy) -> Needs:
-    """Return which gradients a call wants."""
+    """Return which gradients a call wants.
+
+    Raises:
+        ValueError: ``entropy`` is none of those it may be.
+    """
+    if not isinstance(entropy, bool) and entropy != "detached":
+        raise ValueError(f"entropy must be False, True or 'detached', not {entropy!r}")
     if not torch.is_grad_enabled():
         return Needs(hidden=False)
 
@@ -140,8 +146,11 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, kernel: HeadKernel, mode: Memory, cache_bytes: int, *tensors: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        held = HeldLogprobs(kernel, call.rows, mode, cache_bytes)
+        with call.own_dtypes():
+            held = HeldLogprobs(kernel, call.rows, mode, cache_bytes)
         ctx.call, ctx.held = call, held
+        # Read again in backward: what was written in place in between is then an error, not a wrong gradient.
+        ctx.save_for_backward(*tensors, call.rows.targets, call.rows.temperature)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         ctx.set_materialize_grads(False)
         logprobs = held.logprobs if call.ignored is None else held.logprobs.masked_fill(call.ignored, 0.0)
@@ -154,12 +163,14 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[Any, ...]:
         call: Call = ctx.call
+        _ = ctx.saved_tensors
         logprobs, lse, entropy = (None if part is None else call.gather(part) for part in upstream)
         if logprobs is None:
             logprobs = torch.zeros_like(ctx.held.logprobs)
         if call.ignored is not None:
             logprobs = logprobs.masked_fill(call.ignored, 0.0)
-        found = ctx.held.backward(Upstream(logprobs, lse, entropy))
+        with call.own_dtypes():
+            found = ctx.held.backward(Upstream(logprobs, lse, entropy))
         grads = spread_gradients(call, found)
         return (None,) * 4 + tuple(
             None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
@@ -174,10 +185,11 @@ def spread_gradients(call: Call, found: HeadGradients) -> list[torch.Tensor | No
         found.weight,
         found.bias,
     ]
-    seen: dict[int, int] = {}
+    seen: dict[tuple[int, int], int] = {}
     for each in rows.adapters:
-        first = id(each.a) not in seen
-        place = seen.setdefault(id(each.a), len(seen))
+        key = (id(each.a), id(each.b))
+        first = key not in seen
+        place = seen.setdefault(key, len(seen))
         # An adapter of several segments has one gradient, which must not be counted twice.
         grads += found.adapters[place] if found.adapters is not None and first else (None, None)
     return grads

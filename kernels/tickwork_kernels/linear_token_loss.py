@@ -87,6 +87,8 @@ def _bound(
     bound = bind(loss, inputs, config)
     laid = {}
     for name, value in bound.inputs.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"inputs[{name!r}] must be a tensor, not {type(value).__name__}")
         if value.shape != targets.shape or value.device != targets.device:
             raise ValueError(
                 f"inputs[{name!r}] must be {list(targets.shape)} on {targets.device} as targets, not "
@@ -102,7 +104,8 @@ class _LinearTokenLoss(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, kernels: tuple[HeadKernel, HeadKernel], bound: BoundLoss, *tensors: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        whole, gradients = evaluate(*kernels, call.rows, bound)
+        with call.own_dtypes():
+            whole, gradients = evaluate(*kernels, call.rows, bound)
         ctx.call, ctx.gradients = call, gradients
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         assert whole.losses is not None
@@ -114,7 +117,7 @@ class _LinearTokenLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, upstream: torch.Tensor, *_: torch.Tensor | None) -> tuple[Any, ...]:
         grads = spread_gradients(ctx.call, ctx.gradients)
         return (None,) * 3 + tuple(
             None if grad is None else (grad * upstream).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)

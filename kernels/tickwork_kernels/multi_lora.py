@@ -145,11 +145,11 @@ class _Torch:
 
     name = "torch"
 
-    def why_not(self, case: MultiLoraCase) -> str | None:  # noqa: ARG002
+    def why_not(self, case: MultiLoraCase) -> str | None:
         """Runs everywhere."""
         return None
 
-    def preference(self, case: MultiLoraCase) -> int:  # noqa: ARG002
+    def preference(self, case: MultiLoraCase) -> int:
         """Preferred where no compiled kernel runs."""
         return 0
 

@@ -13,9 +13,6 @@ the same two products at half the rate. In float32 the products are IEEE ones, a
 The interpreter can not compute in bfloat16: under ``UPCAST`` operands become float32 right after each load.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803, N806
-
 from __future__ import annotations
 
 from itertools import product

@@ -78,9 +78,11 @@ class Registry(Generic[I]):
     def all(self) -> list[I]:
         """Return every implementation, in order of registration, those of installed packages included."""
         if not self._loaded:
+            # All or none: after a package that does not load, none is missing silently at the next call.
+            found = [entry.load() for entry in entry_points(group=self._group)]
             self._loaded = True
-            for entry in entry_points(group=self._group):
-                self.register(entry.load())
+            for each in found:
+                self.register(each)
         return list(self._known.values())
 
     def choose(self, case: Any, impl: str = "auto") -> Choice[I]:
@@ -100,8 +102,10 @@ class Registry(Generic[I]):
                 names = ", ".join(repr(each.name) for each in able) or "none"
                 raise NotImplementedError(f"impl={impl!r}: {refused[impl]}; able to run this {self.operation}: {names}")
             return Choice(known[impl], "named by the caller", refused)
-        if not able:
-            reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+        willing = [each for each in able if each.preference(case) >= 0]
+        if not willing:
+            only = {each.name: "only by name" for each in able}
+            reasons = "; ".join(f"{name}: {why}" for name, why in (refused | only).items()) or "none is registered"
             raise NotImplementedError(f"no implementation of {self.operation} can run this: {reasons}")
-        best = max(able, key=lambda each: each.preference(case))
+        best = max(willing, key=lambda each: each.preference(case))
         return Choice(best, f"preferred among {', '.join(each.name for each in able)}", refused)

@@ -165,9 +165,10 @@ def unregister_token_loss(name: str) -> None:
 def token_losses() -> Mapping[str, TokenLoss]:
     """Return every known loss by name, those of installed packages (entry points) included."""
     if not _scanned:
+        found = [entry.load() for entry in entry_points(group=GROUP)]
         _scanned.append(True)
-        for entry in entry_points(group=GROUP):
-            register_token_loss(entry.load())
+        for each in found:
+            register_token_loss(each)
     return _LOSSES
 
 
@@ -178,7 +179,7 @@ def bind(loss: str | TokenLoss, inputs: Inputs, config: Config | None = None) ->
         ValueError: an unknown loss, a missing or unknown input or setting; names it.
     """
     known = token_losses()
-    if isinstance(loss, str) and loss not in known:
+    if not isinstance(loss, TokenLoss) and not (isinstance(loss, str) and loss in known):
         raise ValueError(f"loss must be one of {sorted(known)} or a TokenLoss, not {loss!r}")
     spec = known[loss] if isinstance(loss, str) else loss
     for what, given, wanted in (("inputs", inputs, spec.inputs), ("config", config or {}, tuple(spec.config))):

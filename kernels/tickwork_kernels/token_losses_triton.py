@@ -1,7 +1,5 @@
 """The built-in token losses under ``triton.jit``; each is held to its torch function by the conformance suite."""
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
-
 from __future__ import annotations
 
 import triton

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -25,7 +26,8 @@ from tickwork_kernels.heads import choose_both
 
 Check = Callable[[str, torch.device], str | None]
 
-FEATURES: dict[str, dict[str, object]] = {
+EVERYTHING = {"bias": True, "softcap": 6.0, "multiplier": 1.7, "temperature": True, "lse": True, "entropy": True}
+FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "one target": {"width": 1},
     "bias": {"bias": True},
@@ -36,14 +38,8 @@ FEATURES: dict[str, dict[str, object]] = {
     "adapter of rank 1": {"rank": 1},
     "lse": {"lse": True},
     "entropy": {"entropy": True},
-    "all but an adapter": {
-        **{"bias": True, "softcap": 6.0, "multiplier": 1.7, "temperature": True},
-        **{"lse": True, "entropy": True},
-    },
-    "all": {
-        **{"bias": True, "softcap": 6.0, "multiplier": 1.7, "temperature": True, "rank": 8},
-        **{"lse": True, "entropy": True},
-    },
+    "all but an adapter": EVERYTHING,
+    "all": {**EVERYTHING, "rank": 8},
     "one row": {"rows": 1, "width": 1, "vocab": 2, "dim": 1},
     "more targets than tokens": {"rows": 3, "width": 5, "vocab": 4, "dim": 3, "entropy": True},
     "ragged": {"rows": 63, "width": 1, "vocab": 257, "dim": 17},
@@ -77,9 +73,9 @@ def checks() -> list[tuple[str, Check]]:
     return [*features, *((check.__name__.replace("_", " "), check) for check in each)]
 
 
-def _feature(options: dict[str, object]) -> Check:
+def _feature(options: dict[str, Any]) -> Check:
     def check(impl: str, device: torch.device) -> str | None:
-        return _within_budget(impl, make(device=device, **options))  # type: ignore[arg-type]
+        return _within_budget(impl, make(device=device, **options))
 
     return check
 
@@ -173,6 +169,7 @@ def far_away_logits(impl: str, device: torch.device) -> str | None:
         spacing = 4 * EPSILON * abs(level)
         for way, answer in ways(impl, case).items():
             assert answer.hidden is not None
+            assert exact.hidden is not None
             assert bool(torch.isfinite(answer.hidden).all()), f"{way}: not finite at {level:g}"
             off = float((answer.logprobs.double() - exact.logprobs)[[0, 3]].abs().max())
             assert off <= 2e-6 + spacing, f"{way}: logprobs are off by {off:.3g} at {level:g}"
@@ -218,8 +215,9 @@ def no_entropy_to_lose(impl: str, device: torch.device) -> str | None:
 
 def bfloat16(impl: str, device: torch.device) -> str | None:
     """With a bfloat16 head logprobs are float32-exact for the rounded weights; gradients are exact to bfloat16."""
-    for options in ({}, {"bias": True, "softcap": 6.0, "multiplier": 1.7}, {"rank": 4}):
-        case = make(33, 3, dtype=torch.bfloat16, device=device, **options)  # type: ignore[arg-type]
+    variants: tuple[dict[str, Any], ...] = ({}, {"bias": True, "softcap": 6.0, "multiplier": 1.7}, {"rank": 4})
+    for options in variants:
+        case = make(33, 3, dtype=torch.bfloat16, device=device, **options)
         if (refusal := runs(impl, case)) is not None:
             if options:
                 continue

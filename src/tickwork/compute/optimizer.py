@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 from tickwork.compute.lora import Adapter
 from tickwork.types import AdamParams
-from tickwork_kernels import adamw_step
+from tickwork_kernels import AdamWSettings, AdamWState, adamw_steps
 
 
 class Trainable:
@@ -37,37 +36,41 @@ class Trainable:
             torch._foreach_add_([view for view, _ in pairs], [grad for _, grad in pairs])
 
     def step(self, params: AdamParams) -> dict[str, float]:
-        """Clip, apply AdamW, clear the gradient.
+        """Clip, apply AdamW, clear the gradient; see ``step_together``."""
+        return step_together([(self, params)])[0]
 
-        Without gradients, or with one that is not finite, nothing but the gradient changes.
-
-        Returns:
-            metrics: ``optim/applied`` 0 or 1, ``optim/grad_norm`` before clipping, ``optim/step``.
-        """
-        norm = float(torch.linalg.vector_norm(self.grad))
-        applied = self.requests > 0 and math.isfinite(norm)
-        if applied:
-            self._apply(params, norm)
-        self.grad.zero_()
-        self.requests = 0
-        return {"optim/applied": float(applied), "optim/grad_norm": norm, "optim/step": float(self.steps)}
-
-    def _apply(self, params: AdamParams, norm: float) -> None:
+    def prepare(self, params: AdamParams) -> tuple[AdamWState, AdamWSettings]:
+        """Return what the kernels step; takes the memory of the moments where there are none yet."""
         if self.exp_avg is None or self.exp_avg_sq is None:
             self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.grad), torch.zeros_like(self.grad)
-        if params.grad_clip_norm > 0:
-            # The small number is that of torch.nn.utils.clip_grad_norm_.
-            self.grad.mul_(min(1.0, params.grad_clip_norm / (norm + 1e-6)))
-        self.steps += 1
-        adamw_step(
-            self.adapter.arena,
-            self.grad,
-            self.exp_avg,
-            self.exp_avg_sq,
-            step=self.steps,
-            learning_rate=params.learning_rate,
-            beta1=params.beta1,
-            beta2=params.beta2,
-            eps=params.eps,
-            weight_decay=params.weight_decay,
+        settings = AdamWSettings(
+            self.steps + 1,
+            params.learning_rate,
+            params.beta1,
+            params.beta2,
+            params.eps,
+            params.weight_decay,
+            clip_norm=params.grad_clip_norm if params.grad_clip_norm > 0 else None,
         )
+        return AdamWState(self.adapter.arena, self.grad, self.exp_avg, self.exp_avg_sq), settings
+
+
+def step_together(asks: Sequence[tuple[Trainable, AdamParams]]) -> list[dict[str, float]]:
+    """Step several models at once: clip, apply AdamW, clear the gradient of each.
+
+    Without gradients, or with one that is not finite, nothing but the gradient of that model changes.
+
+    Returns:
+        metrics of each: ``optim/applied`` 0 or 1, ``optim/grad_norm`` before clipping, ``optim/step``.
+    """
+    ready = [(state, state.prepare(params)) for state, params in asks if state.requests > 0]
+    report = adamw_steps([tensors for _, (tensors, _) in ready], [settings for _, (_, settings) in ready])
+    found = zip(report.norms.tolist(), report.applied.tolist(), strict=True)
+    norms = {id(state): norm for (state, _), norm in zip(ready, found, strict=True)}
+    metrics = []
+    for state, _ in asks:
+        norm, applied = norms.get(id(state), (0.0, False))
+        state.steps += applied
+        state.requests = 0
+        metrics.append({"optim/applied": float(applied), "optim/grad_norm": norm, "optim/step": float(state.steps)})
+    return metrics
