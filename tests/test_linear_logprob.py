@@ -1,378 +1,403 @@
-"""Tests of the fused head: logprobs and gradients against a float64 oracle under plain autograd."""
+"""Tests of ``linear_logprob``: values, gradients and what is held, against the plain formula under autograd."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
 
-from tickwork_kernels import Head, HeadGradients, Lora, TargetLogprobs, head_logits, linear_token_loss
+from tickwork_kernels import LinearLogprobs, Lora, LoraSegment, hold_logprobs, linear_logprob
+from tickwork_kernels.head import Head, as_segments
 
-EPSILON = 2.0**-24
+MODES = ("stash", "cache", "recompute")
+Leaves = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one call, and the upstream gradient of its logprobs."""
+    """Inputs of a call: ``leaves`` may get gradients, ``spans`` are segments of tokens by number of their adapter."""
 
-    hidden: torch.Tensor
+    leaves: Leaves
     targets: torch.Tensor
-    upstream: torch.Tensor
-    head: Head
-    lora: Lora | None = None
+    spans: tuple[tuple[int, int, int | None], ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def arguments(self, leaves: Leaves) -> dict[str, Any]:
+        """Return what is given by keyword."""
+        lora: Any = None
+        if self.spans is not None:
+            lora = [
+                LoraSegment(start, stop, leaves.get(f"a{number}"), leaves.get(f"b{number}"), 0.5)
+                for start, stop, number in self.spans
+            ]
+        elif "a0" in leaves:
+            lora = Lora(leaves["a0"], leaves["b0"], 2.0)
+        return {"bias": leaves.get("bias"), "lora": lora, **self.options}
+
+    def run(self, leaves: Leaves | None = None, **options: Any) -> LinearLogprobs:
+        """Call the function under test."""
+        leaves = leaves or self.leaves
+        arguments = {**self.arguments(leaves), **options}
+        return linear_logprob(leaves["hidden"], leaves["weight"], self.targets, **arguments)
+
+    def plain(self, leaves: Leaves | None = None) -> LinearLogprobs:
+        """Compute the same by the formula, with ``[N, V]`` logits."""
+        leaves = leaves or self.leaves
+        hidden, weight, arguments = leaves["hidden"], leaves["weight"], self.arguments(leaves)
+        parts, end = [], 0
+        for each in as_segments(arguments["lora"], len(hidden)):
+            part = hidden[each.start : each.stop]
+            own = weight if each.a is None else weight + each.scale * each.b @ each.a
+            parts += [hidden[end : each.start] @ weight.T, part @ own.T]
+            end = each.stop
+        logits = torch.cat([*parts, hidden[end:] @ weight.T])
+        if arguments["bias"] is not None:
+            logits = logits + arguments["bias"]
+        logits = logits * arguments.get("multiplier", 1.0)
+        if (cap := arguments.get("softcap")) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        temperature = torch.as_tensor(arguments.get("temperature", 1.0), dtype=logits.dtype)
+        logp = (logits / temperature.reshape(-1, 1)).log_softmax(-1)
+        wide = self.targets if self.targets.dim() == 2 else self.targets[:, None]
+        ignored = wide == arguments.get("ignore_index", -100)
+        found = logp.gather(1, wide.masked_fill(ignored, 0)).masked_fill(ignored, 0.0)
+        lse = (logits / temperature.reshape(-1, 1)).logsumexp(-1).masked_fill(ignored.all(1), 0.0)
+        entropy = -(logp.exp() * logp).sum(-1).masked_fill(ignored.all(1), 0.0)
+        return LinearLogprobs(found.view(self.targets.shape), lse, entropy)
+
+    def wanting(self, *names: str) -> Case:
+        """Return the case with fresh leaves, of which those named (all, without names) require a gradient."""
+        leaves = {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
+        return replace(self, leaves={k: v.requires_grad_(not names or k in names) for k, v in leaves.items()})
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Logprobs and gradients; ``a`` and ``b`` are None without an adapter."""
-
-    logp: torch.Tensor
-    hidden: torch.Tensor
-    a: torch.Tensor | None
-    b: torch.Tensor | None
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Return random numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(
+        dtype
+    )
 
 
 def make(
-    rows: int = 37,
-    width: int = 3,
-    *,
-    vocab: int = 101,
-    dim: int = 20,
-    dtype: torch.dtype = torch.float32,
-    bias: bool = False,
-    softcap: float | None = None,
-    multiplier: float = 1.0,
-    rank: int = 0,
-    seed: int = 0,
-) -> Case:
-    """Return random inputs with logits as far apart as a trained model's; each row targets the last token too."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return scale * torch.randn(shape, generator=generator)
-
-    head = Head(
-        weight=normal(vocab, dim, scale=3 * dim**-0.5).to(dtype),
-        bias=normal(vocab).to(dtype) if bias else None,
-        softcap=softcap,
-        multiplier=multiplier,
-    )
-    lora = Lora(normal(rank, dim, scale=dim**-0.5), normal(vocab, rank, scale=0.3), 32 / rank) if rank else None
-    targets = torch.randint(0, vocab, (rows, width), generator=generator)
-    targets[:, 0] = vocab - 1
-    return Case(normal(rows, dim).to(dtype), targets, normal(rows, width), head, lora)
+    *, rows: int = 6, vocab: int = 7, dim: int = 4, dtype: torch.dtype = torch.float64, bias: bool = False,
+    lora: int = 0, flat: bool = False, targets: torch.Tensor | None = None,
+    spans: tuple[tuple[int, int, int | None], ...] | None = None, **options: Any,
+) -> Case:  # fmt: skip
+    """Return a case of ``lora`` adapters; without ``targets`` there are two of each token, unequal ones mostly."""
+    leaves = {"hidden": normal(rows, dim, dtype=dtype), "weight": normal(vocab, dim, seed=1, dtype=dtype)}
+    if bias:
+        leaves["bias"] = normal(vocab, dtype=dtype)
+    for number in range(lora):
+        leaves[f"a{number}"] = normal(2 + number, dim, seed=2, dtype=dtype)
+        leaves[f"b{number}"] = normal(vocab, 2 + number, seed=3, dtype=dtype)
+    if targets is None:
+        generator = torch.Generator().manual_seed(rows)
+        targets = torch.randint(0, vocab, (rows,) if flat else (rows, 2), generator=generator)
+    return Case(leaves, targets, spans, options)
 
 
-def reference(case: Case, dtype: torch.dtype) -> Answer:
-    """Compute everything by the plain formula and autograd, from the same rounded inputs."""
-    head, lora = case.head, case.lora
-    hidden = case.hidden.detach().to(dtype).requires_grad_()
-    leaves = [hidden]
-    logits = hidden @ head.weight.to(dtype).T
-    if lora is not None:
-        a, b = (t.detach().to(dtype).requires_grad_() for t in (lora.a, lora.b))
-        leaves += [a, b]
-        logits = logits + lora.scale * (hidden @ a.T @ b.T)
-    if head.bias is not None:
-        logits = logits + head.bias.to(dtype)
-    logits = logits * head.multiplier
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    logp = logits.log_softmax(-1).gather(1, case.targets)
-    grads = torch.autograd.grad(logp, leaves, case.upstream.to(dtype))
-    return Answer(logp.detach(), grads[0], *(grads[1:] if lora is not None else (None, None)))
-
-
-def in_one_sweep(case: Case) -> Answer:
-    """Run ``linear_token_loss``."""
-    logp, found = linear_token_loss(
-        case.hidden, case.targets, case.head, case.lora, lambda logp, start, stop: case.upstream[start:stop]
-    )
-    return Answer(logp, found.hidden, found.a, found.b)
-
-
-def afterwards(keep_bytes: int) -> Callable[[Case], Answer]:
-    """Return a run of ``TargetLogprobs`` that may keep so much."""
-
-    def run(case: Case) -> Answer:
-        held = TargetLogprobs(case.hidden, case.targets, case.head, case.lora, keep_bytes)
-        found: HeadGradients = held.backward(case.upstream)
-        return Answer(held.logprobs, found.hidden, found.a, found.b)
-
-    return run
-
-
-WAYS = {"one sweep": in_one_sweep, "recomputed": afterwards(0), "kept": afterwards(2**30)}
-
-
-def assert_in_budget(case: Case, ours: Answer) -> None:
-    """Hold our error below twice that of plain float32, plus a few roundings of the largest value."""
-    exact, rounded = reference(case, torch.float64), reference(case, torch.float32)
-    size = float(case.hidden.double().square().mean().sqrt() * case.head.weight.double().square().mean().sqrt())
-    logp_atol = 8 * EPSILON * case.hidden.shape[1] * size * case.head.multiplier
-    for name in ("logp", "hidden", "a", "b"):
-        want, plain, got = (getattr(answer, name) for answer in (exact, rounded, ours))
-        if want is None:
-            assert got is None
-            continue
-        assert got.dtype == torch.float32
-        assert got.shape == want.shape
-        atol = logp_atol if name == "logp" else 4 * EPSILON * float(want.abs().max())
-        error, allowed = float((got - want).abs().max()), 2 * float((plain - want).abs().max()) + atol
-        assert error <= allowed, f"{name}: off by {error:.3g}, {allowed:.3g} allowed"
-
-
-FEATURES = {
+REPEATS = torch.tensor([[1, 1, 1], [0, 6, 0], [2, 3, 3], [4, 4, 5], [6, 6, 6], [0, 1, 2]])
+IGNORED = torch.tensor([[1, -100], [-100, -100], [3, 3], [-100, 5], [6, 2], [-100, -100]])
+COOL = torch.tensor([0.5, 1.0, 2.0, 0.25, 3.0, 1.5], dtype=torch.float64)
+SEGMENTS = ((0, 2, 0), (2, 3, None), (4, 5, 1), (5, 5, 1), (5, 6, 0))
+FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
+    "one target": {"flat": True},
+    "repeated targets": {"targets": REPEATS},
+    "softcap": {"softcap": 1.5},
+    "multiplier": {"multiplier": -0.7},
+    "temperature": {"temperature": 0.6},
+    "temperature of each token": {"temperature": COOL},
+    "temperature as a tensor": {"temperature": torch.tensor(2)},
     "bias": {"bias": True},
-    "softcap": {"softcap": 4.0},
-    "multiplier": {"multiplier": 0.3},
-    "adapter": {"rank": 4},
-    "adapter of rank 1": {"rank": 1},
-    "all": {"bias": True, "softcap": 6.0, "multiplier": 1.7, "rank": 8},
+    "ignored": {"targets": IGNORED, "temperature": COOL},
+    "ignored rows": {"targets": torch.tensor([3, -100, 0, -100, -100, 6])},
+    "all ignored": {"targets": torch.full((6, 2), -100)},
+    "another ignore_index": {"targets": IGNORED.masked_fill(IGNORED < 0, 0), "ignore_index": 0},
+    "adapter": {"lora": 1},
+    "segments": {"lora": 2, "spans": SEGMENTS, "targets": REPEATS},
+    "segments and ignored": {"lora": 2, "spans": SEGMENTS, "targets": IGNORED},
+    "no segments": {"spans": ()},
+    "all": {
+ "lora": 2, "spans": SEGMENTS, "bias": True, "softcap": 2.0, "multiplier": 1.3, "temperature": COOL,
+ "targets": IGNORED,
+    },
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+def weighted(found: LinearLogprobs, parts: tuple[str, ...] = ("logprobs", "lse", "entropy")) -> torch.Tensor:
+    """Return a sum of some outputs with weights of their own."""
+    chosen = [getattr(found, part).double() for part in parts]
+    return sum(((each * normal(*each.shape, seed=7)).sum() for each in chosen), torch.zeros(()))
+
+
+def gradients(case: Case, value: torch.Tensor, **options: Any) -> Leaves:
+    """Return the gradients of those that require one."""
+    wanted = {name: leaf for name, leaf in case.leaves.items() if leaf.requires_grad}
+    return dict(zip(wanted, torch.autograd.grad(value, list(wanted.values()), **options), strict=True))
+
+
+def assert_as_plain(
+    case: Case, rtol: float, parts: tuple[str, ...] = ("logprobs", "lse", "entropy"), **how: Any
+) -> None:
+    """Hold values, and gradients of some outputs, to those of the plain formula."""
+    ours, want = case.run(entropy=True, **how), case.plain()
+    for got, value in zip(ours, want, strict=True):
+        torch.testing.assert_close(got, value, rtol=rtol, atol=rtol)
+    wanted = gradients(case, weighted(want, parts), allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(gradients(case, weighted(ours, parts)), wanted, rtol=rtol, atol=4 * rtol)
+
+
+@pytest.mark.parametrize("memory", MODES)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_logprobs_and_gradients_stay_in_the_error_budget(feature: str, way: str) -> None:
-    """Every feature's logprobs and gradients are as exact as twice plain float32's."""
+def test_values_and_gradients_are_the_formulas(feature: str, memory: str) -> None:
+    """In float64 all outputs and all gradients are those of plain torch, in every mode of memory."""
     case = make(**FEATURES[feature])
-    assert_in_budget(case, WAYS[way](case))
+    assert_as_plain(case.wanting(*(["hidden"] if memory == "stash" else [])), 1e-11, memory=memory)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("rows", "width", "vocab", "dim"), [(1, 1, 2, 1), (1, 5, 7, 3), (63, 1, 257, 17)])
-def test_awkward_sizes_stay_in_the_error_budget(way: str, rows: int, width: int, vocab: int, dim: int) -> None:
-    """One row, one dimension, more targets than tokens in the vocabulary: all are ordinary cases."""
-    case = make(rows, width, vocab=vocab, dim=dim, rank=2)
-    assert_in_budget(case, WAYS[way](case))
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_gradients_are_those_of_differences(feature: str, memory: str) -> None:
+    """In float64 all gradients agree with differences of the outputs, for all outputs jointly."""
+    case = make(**FEATURES[feature]).wanting(*(["hidden"] if memory == "stash" else []))
+    wanted = [name for name, leaf in case.leaves.items() if leaf.requires_grad]
 
+    def run(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(case.run({**case.leaves, **dict(zip(wanted, leaves, strict=True))}, entropy=True, memory=memory))
 
-@pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("chunks_kept", [None, 0, 1, 9])
-def test_rows_over_several_chunks_equal_the_oracle(chunks_kept: int | None, rank: int) -> None:
-    """However many chunks the rows take and however many are kept, the sums are the oracle's."""
-    chunk = make().head.chunk_rows
-    case = make(2 * chunk + 3, 2, dim=8, rank=rank)
-    way = in_one_sweep if chunks_kept is None else afterwards(chunks_kept * chunk * 101 * 4)
-    assert_in_budget(case, way(case))
-
-
-@pytest.mark.parametrize("kept", [0, 2**30])
-def test_backward_equals_the_one_sweep(kept: int) -> None:
-    """The same upstream gives the same gradients whether it is known at once or later."""
-    case = make(50, 2, bias=True, softcap=5.0, rank=4)
-    one, later = in_one_sweep(case), afterwards(kept)(case)
-    for name in ("logp", "hidden", "a", "b"):
-        torch.testing.assert_close(getattr(later, name), getattr(one, name), rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_repeated_targets_add_up(way: str) -> None:
-    """A token that stands several times in one row receives the sum of its upstream gradients."""
-    case = make(24, 4, rank=2)
-    targets = case.targets[:, :1].expand(-1, 4).contiguous()
-    targets[::2, 3] = 5
-    case = replace(case, targets=targets)
-    assert_in_budget(case, WAYS[way](case))
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_rows_without_upstream_have_no_gradient(way: str) -> None:
-    """A row whose upstream is zero gets exactly zero and leaves the other rows as they are."""
-    case = make(40, 2, rank=3)
-    case.upstream[::3] = 0
-    case.upstream[1, 0] = 0
-    answer = WAYS[way](case)
-    assert not answer.hidden[::3].any()
-    assert answer.hidden[1].any()
-    assert_in_budget(case, answer)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_no_upstream_at_all_gives_zeros(way: str) -> None:
-    """Where nothing has an upstream all gradients are exactly zero, and the logprobs are there."""
-    case = make(9, 2, rank=3)
-    case.upstream.zero_()
-    answer = WAYS[way](case)
-    assert not any(bool(tensor.any()) for tensor in (answer.hidden, answer.a, answer.b))
-    assert_in_budget(case, answer)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_strided_upstream_is_read_right(way: str) -> None:
-    """An expanded upstream, which has no memory of its own for each row, counts for each row."""
-    case = make(11, 2)
-    case = replace(case, upstream=case.upstream[:1].expand(11, 2))
-    assert_in_budget(case, WAYS[way](case))
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_no_rows_give_empty_answers(way: str) -> None:
-    """No rows are an empty answer with zero gradients of the adapter, not an error."""
-    case = make(0, 3, rank=2)
-    answer = WAYS[way](case)
-    assert answer.logp.shape == (0, 3)
-    assert answer.hidden.shape == (0, 20)
-    assert torch.equal(answer.a, torch.zeros(2, 20))
-    assert torch.equal(answer.b, torch.zeros(101, 2))
-
-
-def with_logits(logits: torch.Tensor, targets: torch.Tensor, **features: object) -> Case:
-    """Return a case whose logits are given: the head is the identity."""
-    eye = torch.eye(logits.shape[1], dtype=logits.dtype)
-    return Case(logits, targets, torch.full(targets.shape, -1.0), Head(eye, **features))
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("rest", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
-def test_confident_tokens_keep_their_gradient(way: str, rest: float) -> None:
-    """A token of probability 1 - rest keeps the small gradient that plain float32 gives it."""
-    vocab = 64
-    logits = torch.zeros(6, vocab)
-    targets = torch.tensor([[0], [7], [63], [20], [21], [22]])
-    peak = torch.logit(torch.tensor(1 - rest, dtype=torch.float64)) + torch.log(torch.tensor(vocab - 1.0))
-    logits.scatter_(1, targets, float(peak))
-    case = with_logits(logits, targets)
-    answer = WAYS[way](case)
-    exact = reference(case, torch.float64)
-    assert exact.logp[0, 0].exp() == pytest.approx(1 - rest, abs=rest * 1e-2)
-    assert_in_budget(case, answer)
-    wanted = exact.hidden.gather(1, targets)
-    assert float((answer.hidden.gather(1, targets) - wanted).abs().max()) <= 2 * EPSILON
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("level", [-1e30, -1e4, -100.0, 100.0, 1e4, 1e30])
-def test_far_away_logits_stay_finite(way: str, level: float) -> None:
-    """Where all logits lie far below or above zero the result is finite and exact: a softmax has no origin."""
-    logits = torch.full((4, 32), level)
-    logits[1, 3] = level * (1 + 2**-20)
-    logits[2, :2] = level * (1 + 2**-18)  # two equal extremes
-    case = with_logits(logits, torch.tensor([[0], [3], [1], [31]]))
-    answer = WAYS[way](case)
-    assert torch.isfinite(answer.logp[0]).all()
-    assert torch.isfinite(answer.hidden).all()
-    assert answer.logp[0, 0] == pytest.approx(-math.log(32), abs=1e-6)
-    exact = reference(case, torch.float64)
-    torch.testing.assert_close(answer.logp.double(), exact.logp, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(answer.hidden.double(), exact.hidden, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_hopeless_targets_stay_finite(way: str) -> None:
-    """A target a thousand nats below the best token has its logprob, and the gradient that lifts it."""
-    logits = torch.zeros(2, 16)
-    logits[:, 4] = 1000.0
-    case = with_logits(logits, torch.tensor([[0], [4]]))
-    answer = WAYS[way](case)
-    assert answer.logp[:, 0].tolist() == [-1000.0, 0.0]
-    assert answer.hidden[0, 0] == -1.0
-    assert answer.hidden[0, 4] == 1.0
-    assert not answer.hidden[1].any()
-
-
-def assert_rows_close(got: torch.Tensor, want: torch.Tensor, allowed: float) -> None:
-    """Hold each row's relative L2 error below a bound."""
-    error = (got - want).norm(dim=1) / want.norm(dim=1)
-    assert float(error.max()) <= allowed, f"a row is off by {float(error.max()):.3g}"
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("features", [{}, {"rank": 4}, {"bias": True, "softcap": 6.0, "multiplier": 1.7, "rank": 4}])
-def test_bfloat16_weights_accumulate_in_float32(way: str, features: dict[str, object]) -> None:
-    """With a bfloat16 head logprobs are float32-exact for the rounded weights; d hidden is exact to bfloat16."""
-    case = make(33, 3, dtype=torch.bfloat16, **features)
-    answer, exact, rounded = WAYS[way](case), reference(case, torch.float64), reference(case, torch.float32)
-    allowed = 2 * float((rounded.logp - exact.logp).abs().max()) + 1e-6
-    assert float((answer.logp - exact.logp).abs().max()) <= allowed
-    assert_rows_close(answer.hidden, exact.hidden, 2**-8)
-    if exact.a is not None:
-        assert_rows_close(answer.a, exact.a, 1e-5)
-        assert_rows_close(answer.b, exact.b, 1e-5)
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("rest", [1e-1, 1e-3, 1e-5])
-def test_confident_tokens_survive_bfloat16_weights(way: str, rest: float) -> None:
-    """Rounding to bfloat16 does not blur a confident token: each row is as exact as bfloat16 allows."""
-    case = make(16, 1, vocab=64, dim=16, dtype=torch.bfloat16)
-    wide = case.head.weight.float()
-    aim = torch.log(torch.tensor((1 - rest) / rest)) + 5
-    hidden = wide[case.targets[:, 0]]
-    hidden = (hidden / hidden.square().sum(1, keepdim=True) * aim).to(torch.bfloat16)
-    case = replace(case, hidden=hidden, upstream=-torch.ones(16, 1))
-    exact = reference(case, torch.float64)
-    assert float(exact.logp.exp().min()) > 0.5
-    assert_rows_close(WAYS[way](case).hidden, exact.hidden, max(2**-8, 4 * EPSILON / float(-exact.logp.max().expm1())))
+    # What "cache" has held it gives once; a second backward computes it again, and rounds otherwise.
+    assert torch.autograd.gradcheck(run, [case.leaves[name] for name in wanted], nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_gradients_are_those_of_finite_differences(feature: str) -> None:
-    """Along random directions the gradients equal the float64 slope of the formula, without any autograd."""
-    case = make(**FEATURES[feature])
-    answer = in_one_sweep(case)
-    generator = torch.Generator().manual_seed(9)
-
-    def value(hidden: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None) -> float:
-        head = case.head
-        logits = hidden @ head.weight.double().T
-        if a is not None and b is not None and case.lora is not None:
-            logits = logits + case.lora.scale * (hidden @ a.T @ b.T)
-        logits = (logits + (0 if head.bias is None else head.bias.double())) * head.multiplier
-        logits = logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
-        logp = logits.gather(1, case.targets) - logits.logsumexp(1, keepdim=True)
-        return float((case.upstream.double() * logp).sum())
-
-    start = [case.hidden.double(), *((case.lora.a.double(), case.lora.b.double()) if case.lora else (None, None))]
-    for place, grad in enumerate((answer.hidden, answer.a, answer.b)):
-        if grad is None:
-            continue
-        direction = torch.randn(grad.shape, generator=generator, dtype=torch.float64)
-        ends = []
-        for sign in (1e-5, -1e-5):
-            moved = list(start)
-            moved[place] = start[place] + sign * direction
-            ends.append(value(*moved))
-        slope = (ends[0] - ends[1]) / 2e-5
-        scale = float(grad.double().norm() * direction.norm()) / grad.numel() ** 0.5
-        assert float((grad.double() * direction).sum()) == pytest.approx(slope, abs=1e-5 * scale)
+def test_float32_is_as_plain_torch(feature: str) -> None:
+    """In float32 values and gradients are those of plain torch to rounding."""
+    assert_as_plain(make(dtype=torch.float32, **FEATURES[feature]).wanting(), 2e-5)
 
 
-def test_the_loss_sees_each_chunk_once_with_its_place() -> None:
-    """The gradient callable is called once for each chunk, in order, with the logprobs that are returned."""
-    chunk = make().head.chunk_rows
-    case = make(2 * chunk + 1, 1, dim=4)
-    seen: list[tuple[int, int, torch.Tensor]] = []
-
-    def gradient(logp: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        seen.append((start, stop, logp.clone()))
-        return case.upstream[start:stop]
-
-    logp, _ = linear_token_loss(case.hidden, case.targets, case.head, None, gradient)
-    assert [stop for _, stop, _ in seen][-1] == len(case.hidden)
-    assert [start for start, _, _ in seen] == [0, *[stop for _, stop, _ in seen][:-1]]
-    assert torch.equal(torch.cat([part for _, _, part in seen]), logp)
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("part", ["logprobs", "lse", "entropy"])
+def test_an_output_that_is_not_used_needs_no_upstream(part: str, memory: str) -> None:
+    """A loss on one output alone has the gradients of that output alone."""
+    case = make(bias=True, lora=1, targets=REPEATS, softcap=2.0)
+    assert_as_plain(case.wanting(*(["hidden"] if memory == "stash" else [])), 1e-11, (part,), memory=memory)
 
 
-def test_head_logits_give_the_same_logprobs() -> None:
-    """The logits used for sampling and the fused logprobs are the same distribution."""
-    case = make(13, 2, bias=True, softcap=3.0, multiplier=0.7, rank=2)
-    logits = head_logits(case.hidden, case.head, case.lora)
-    assert logits.dtype == torch.float32
-    want = logits.log_softmax(-1).gather(1, case.targets)
-    torch.testing.assert_close(in_one_sweep(case).logp, want, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("memory", MODES)
+def test_an_expanded_or_strided_upstream_counts_for_each_token(memory: str) -> None:
+    """Upstream gradients without memory of their own, or laid out otherwise, are read right."""
+    case = make().wanting("hidden")
+    ours, want = case.run(memory=memory, entropy=True), case.plain()
+    for reduce in (
+        lambda out: out.logprobs.sum() + out.lse.sum() + out.entropy.sum(),
+        lambda out: (out.logprobs.T.contiguous() * normal(2, 6)).sum(),
+        lambda out: out.logprobs[::2, 1].sum(),
+    ):
+        got, wanted = (gradients(case, reduce(each), retain_graph=True) for each in (ours, want))
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
 
 
-def test_inputs_are_left_as_they_were() -> None:
-    """Hidden states, targets, weights, adapter and upstream are read, never written."""
-    case = make(20, 2, bias=True, softcap=3.0, rank=2)
-    tensors = [case.hidden, case.targets, case.upstream, case.head.weight, case.head.bias, case.lora.a, case.lora.b]
-    before = [tensor.clone() for tensor in tensors]
-    for way in WAYS.values():
-        way(case)
+HOLDING = [("stash", 0), ("cache", 2**20), ("cache", 300 * 8 * 128), ("cache", 0), ("recompute", 0)]
+
+
+@pytest.mark.parametrize(("memory", "cache_bytes"), HOLDING)
+def test_several_chunks_and_a_second_backward(memory: str, cache_bytes: int) -> None:
+    """Over several chunks, some of them held, a second backward gives what the first gave: the formula's."""
+    case = make(rows=1000, vocab=50000, dim=2, bias=True, lora=1, flat=True, softcap=9.0)
+    case = case.wanting(*(["hidden"] if memory == "stash" else []))
+    some = torch.arange(1000) % 7 > 0
+    some[128:256] = False  # a chunk without any upstream
+    ours, want = case.run(memory=memory, cache_bytes=cache_bytes), case.plain()
+    first, second, wanted = (
+        gradients(case, (out.logprobs * some).sum() + out.lse[500], retain_graph=True) for out in (ours, ours, want)
+    )
+    torch.testing.assert_close(first, wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(second, first, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wants", ["weight", "bias", "a0", "b0"])
+@pytest.mark.parametrize("memory", ["cache", "recompute"])
+def test_hidden_states_without_a_gradient(memory: str, wants: str) -> None:
+    """Each parameter of the head can be the only one that requires a gradient."""
+    case = make(bias=True, lora=1).wanting(wants)
+    assert_as_plain(case, 1e-11, memory=memory)
+    assert case.leaves["hidden"].grad is None
+
+
+def test_the_same_a_with_two_bs() -> None:
+    """Adapters that share one of their matrices get the gradient of each matrix, over all their segments."""
+    case = make(lora=1).wanting()
+    hidden, a, b = (case.leaves[name] for name in ("hidden", "a0", "b0"))
+    other = normal(7, 2, seed=9).requires_grad_()
+    segments = [LoraSegment(0, 3, a, b, 1.0), LoraSegment(3, 6, a, other, 1.0)]
+    ours = linear_logprob(hidden, case.leaves["weight"], case.targets, lora=segments).logprobs
+    base = hidden @ case.leaves["weight"].T
+    logits = torch.cat([base[:3] + hidden[:3] @ a.T @ b.T, base[3:] + hidden[3:] @ a.T @ other.T])
+    leaves = (a, b, other)
+    want = torch.autograd.grad(logits.log_softmax(-1).gather(1, case.targets).sum(), leaves)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), leaves), want)
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_ignored_rows_have_no_value_and_no_gradient(memory: str) -> None:
+    """A row of ignored targets gets exactly 0 everywhere, though an upstream comes in; a single one its logprob."""
+    case = make(targets=IGNORED).wanting("hidden")
+    found = case.run(memory=memory, entropy=True)
+    assert not any(part[[1, 5]].any() for part in found)
+    assert found.logprobs[0, 1] == found.logprobs[3, 0] == 0
+    assert found.lse[[0, 3]].all()
+    grad = gradients(case, found.logprobs.sum() + found.lse.sum() + found.entropy.sum())["hidden"]
+    assert not grad[[1, 5]].any()
+    assert grad[[0, 2, 3, 4]].any(1).all()
+
+
+def test_a_detached_entropy_has_a_value_and_no_gradient() -> None:
+    """``"detached"`` gives the entropy without a graph, beside logprobs with one; False gives none."""
+    case = make().wanting("hidden")
+    found = case.run(entropy="detached")
+    torch.testing.assert_close(found.entropy, case.plain().entropy.detach())
+    assert not found.entropy.requires_grad
+    assert found.logprobs.requires_grad and found.lse.requires_grad
+    assert case.run().entropy is None
+    with pytest.raises(ValueError, match="entropy must be False, True or 'detached', not 'detach'"):
+        case.run(entropy="detach")
+
+
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("flat", [False, True])
+def test_no_tokens_are_an_empty_answer(flat: bool, memory: str) -> None:
+    """Without tokens the outputs are empty and the gradients zero, not an error."""
+    case = make(rows=0, bias=True, flat=flat).wanting(*(["hidden"] if memory == "stash" else []))
+    found = case.run(memory=memory, entropy=True)
+    assert found.logprobs.shape == case.targets.shape
+    assert found.lse.shape == found.entropy.shape == (0,)
+    grads = gradients(case, found.logprobs.sum() + found.lse.sum() + found.entropy.sum())
+    assert all(torch.equal(grad, torch.zeros_like(case.leaves[name])) for name, grad in grads.items())
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_bfloat16_inputs_get_bfloat16_gradients_and_float32_values(memory: str) -> None:
+    """Values are float32 and exact for the rounded inputs; each gradient has the dtype of what it is for."""
+    wide = make(dtype=torch.bfloat16, bias=True, lora=1, targets=REPEATS, dim=16, vocab=32)
+    adapters = {name: wide.leaves[name].float() for name in ("a0", "b0")}
+    wide = replace(wide, leaves={**wide.leaves, **adapters}).wanting(*(["hidden"] if memory == "stash" else []))
+    exact = replace(wide, leaves={k: v.detach().double() for k, v in wide.leaves.items()})
+    exact = exact.wanting(*(["hidden"] if memory == "stash" else []))
+    ours, want = wide.run(memory=memory, entropy=True), exact.plain()
+    for got, value in zip(ours, want, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), value, rtol=1e-5, atol=1e-5)
+    wanted = gradients(exact, weighted(want))
+    for name, grad in gradients(wide, weighted(ours)).items():
+        assert grad.dtype == wide.leaves[name].dtype
+        assert float((grad.double() - wanted[name]).norm() / wanted[name].norm()) <= 2**-7
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_autocast_changes_nothing(memory: str) -> None:
+    """Under autocast, forward and backward, the values and gradients are those without, in every bit."""
+    case = make(dtype=torch.float32).wanting("hidden")
+    without = case.run(memory=memory, entropy=True)
+    want = gradients(case, weighted(without))["hidden"]
+    with torch.autocast("cpu", torch.bfloat16):
+        within = case.run(memory=memory, entropy=True)
+        got = torch.autograd.grad(within, case.leaves["hidden"], [normal(*x.shape, seed=7).float() for x in within])[0]
+    assert all(torch.equal(one, other) for one, other in zip(without, within, strict=True))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", "attention"])
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+@pytest.mark.parametrize("layout", ["transposed", "every other column"])
+def test_any_layout_is_taken(layout: str, name: str, impl: str) -> None:
+    """Tensors with other strides give the same values and gradients."""
+    case = make(dtype=torch.float32, dim=16, vocab=40).wanting("hidden")
+    tensor = case.leaves[name].detach()
+    other = tensor.T.contiguous().T if layout == "transposed" else torch.stack([tensor, tensor], 2).flatten(1)[:, ::2]
+    assert torch.equal(other, tensor) and not other.is_contiguous()
+    strided = replace(case, leaves={**case.leaves, name: other.requires_grad_(name == "hidden")})
+    want, got = case.run(impl="torch"), strided.run(impl=impl)
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
+    wanted = gradients(case, weighted(want, ("logprobs", "lse")))
+    torch.testing.assert_close(gradients(strided, weighted(got, ("logprobs", "lse"))), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_inputs_are_only_read(memory: str) -> None:
+    """No argument and no upstream is written to, and no ``.grad`` but autograd's."""
+    case = make(bias=True, lora=1, targets=IGNORED, temperature=COOL.clone(), softcap=2.0)
+    case = case.wanting(*(["hidden"] if memory == "stash" else []))
+    upstream = [normal(6, 2), normal(6), normal(6)]
+    tensors = [*case.leaves.values(), case.targets, case.options["temperature"], *upstream]
+    before = [tensor.detach().clone() for tensor in tensors]
+    torch.autograd.grad(case.run(memory=memory, entropy=True), case.leaves["hidden"], upstream)
     assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
+    assert all(leaf.grad is None for leaf in case.leaves.values())
+
+
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("name", ["weight", "targets"])
+def test_an_input_changed_between_the_passes_is_an_error(name: str, memory: str) -> None:
+    """The backward reads its inputs again, so that a change in between is not silent."""
+    case = make().wanting("hidden")
+    out = case.run(memory=memory).logprobs.sum()
+    {**case.leaves, "targets": case.targets}[name].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_second_derivatives_are_refused() -> None:
+    """A derivative of the gradient is an error, not zero."""
+    case = make().wanting("hidden")
+    (grad,) = torch.autograd.grad(case.run().logprobs.sum(), case.leaves["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("region", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_there_is_no_graph(region: Any) -> None:
+    """Under ``no_grad``, or where nothing requires a gradient, the values are the same and need none."""
+    case = make(bias=True, lora=1).wanting()
+    with region():
+        found = case.run(entropy=True)
+    torch.testing.assert_close(tuple(found), tuple(part.detach() for part in case.plain()))
+    assert not any(part.requires_grad for part in found)
+    assert not any(part.requires_grad for part in case.wanting("none of them").run(entropy=True))
+
+
+def test_auto_holds_rows_where_the_head_is_frozen_and_chunks_where_not() -> None:
+    """``"auto"`` is ``"stash"`` for a frozen head, else ``"cache"``; each holds what it says, and no more."""
+    rows, vocab, dim = 300, 50000, 4  # chunks of 128 rows
+
+    def held(case: Case, **options: Any) -> tuple[int, list[int]]:
+        keeper = case.run(**options).lse.grad_fn.held
+        stashed = [*keeper._mean, *keeper._spread]
+        assert all(part.shape[1] == dim for part in stashed)
+        return sum(map(len, stashed)), sorted(keeper._kept)
+
+    case = make(rows=rows, vocab=vocab, dim=dim, flat=True, dtype=torch.float32)
+    frozen, trained = case.wanting("hidden"), case.wanting("hidden", "weight")
+    whole = rows * vocab * 4
+    assert held(frozen, impl="torch") == (rows, [])
+    assert held(frozen, impl="torch", entropy=True) == (2 * rows, [])
+    assert held(frozen, impl="torch", entropy="detached") == (rows, [])
+    assert held(trained) == held(trained, memory="cache") == (0, [0, 128, 256])
+    assert held(trained, cache_bytes=whole) == (0, [0, 128, 256])
+    assert held(trained, cache_bytes=whole - 1) == (0, [0, 128])
+    assert held(trained, cache_bytes=0) == held(trained, memory="recompute") == (0, [])
+    without = hold_logprobs(case.leaves["hidden"], case.targets[:, None], Head(case.leaves["weight"]))
+    assert (without._kept, without._mean, without._spread) == ({}, [], [])
+
+
+@pytest.mark.parametrize("wants", ["weight", "bias", "a0"])
+def test_stash_is_refused_where_more_than_hidden_needs_a_gradient(wants: str) -> None:
+    """``"stash"`` names what it can not serve, and what can; so does a mode that does not exist."""
+    case = make(bias=True, lora=1).wanting("hidden", wants)
+    with pytest.raises(ValueError, match=r"memory='stash' .*weight, bias, lora: 'cache' or 'recompute'"):
+        case.run(memory="stash")
+    with pytest.raises(ValueError, match="memory must be 'auto', 'stash', 'cache' or 'recompute', not 'keep'"):
+        case.run(memory="keep")

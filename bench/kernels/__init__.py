@@ -55,7 +55,8 @@ def _preset(options: argparse.Namespace, device: torch.device) -> Preset:
     preset = PRESETS[options.preset or ("gpu" if device.type == "cuda" else "cpu")]
     cases = list(preset.cases)
     if options.shape:
-        cases = [Case(HEAD, *options.shape, dtype) for dtype in dict.fromkeys(case.dtype for case in cases)]
+        n, d, v = options.shape
+        cases = [Case(HEAD, n, d, v, dtype) for dtype in dict.fromkeys(case.dtype for case in cases)]
     if options.dtype:
         cases = [replace(case, dtype=options.dtype) if case.operation == HEAD else case for case in cases]
     only = options.only or OPERATIONS

@@ -19,7 +19,7 @@ from tickwork_kernels.adamw import explain_adamw as explain
 from tickwork_kernels.conformance import adamw as conformance
 
 USUAL = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.01}
-SETTINGS = AdamWSettings(1, **USUAL)  # type: ignore[arg-type]
+SETTINGS = AdamWSettings(1, **USUAL)
 FLOPS_PER_PARAMETER = 16
 LIMITS = Limits(1e-3, 1e-3)
 
@@ -56,6 +56,9 @@ def fill(arena: AdamWArena, seed: int) -> None:
 
 
 def _registered(arena: AdamWArena, grad: torch.Tensor, case: Case) -> list[Candidate]:
+    def prepare() -> None:
+        arena.arenas["grad"].copy_(grad)
+
     found, settings = [], [SETTINGS] * len(arena.states)
     auto = explain(arena.states, settings).name
     for each in ADAMW.all():
@@ -63,7 +66,6 @@ def _registered(arena: AdamWArena, grad: torch.Tensor, case: Case) -> list[Candi
         apply = partial(adamw_steps, arena.states, settings, impl=each.name)
         runs: dict[str, Run] = {FULL: _run(apply)}
         errors = partial(_errors, partial(_few_ours, each.name), case, grad.device)
-        prepare = partial(arena.arenas["grad"].copy_, grad)
         status = why and f"refused: {why}"
         chosen = (FULL,) if each.name == auto else ()
         found.append(Candidate(each.name, REGISTERED, runs, errors, prepare, status=status, chosen=chosen))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,10 @@ class Case:
         """The dtype as torch's."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
+
+    def at(self, n: int, d: int, v: int) -> Case:
+        """Return the same at another shape."""
+        return replace(self, n=n, d=d, v=v)
 
     @property
     def name(self) -> str:

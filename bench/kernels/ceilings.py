@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from bench.kernels.cases import Preset
-from bench.kernels.job import Floor, nothing
-from bench.kernels.timing import Plan, Way, once
+from bench.kernels.job import Floor
+from bench.kernels.timing import Plan, once, simple
 
 REPEATS = 5
 
@@ -54,6 +54,6 @@ class Ceilings:
         return self.bandwidth
 
     def _median(self, act: Callable[[], object]) -> float:
-        plan, way = Plan(self.device, REPEATS, 0.0, 0.0), Way(lambda mark: act(), nothing)
+        plan, way = Plan(self.device, REPEATS, 0.0, 0.0), simple(act)
         once(way, plan, cold=False)
         return statistics.median(once(way, plan, cold=False)[0] for _ in range(REPEATS))

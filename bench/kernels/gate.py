@@ -12,6 +12,7 @@ from bench.kernels.timing import describe
 
 # Of those that may compute as they like: beyond this it is another function.
 LOOSE = Limits(0.25, 0.25)
+UNKNOWN = Errors()
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Verdict:
     """
 
     failure: str | None
-    errors: Errors = Errors()
+    errors: Errors = UNKNOWN
     checks: str = ""
 
 

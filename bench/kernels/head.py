@@ -13,12 +13,12 @@ from bench.kernels.anchors import ANCHORS, AbsentError, Anchor, Forward
 from bench.kernels.cases import Case
 from bench.kernels.inputs import HeadInputs, make
 from bench.kernels.job import ANCHOR, FORWARD, FULL, NAIVE, REGISTERED, Candidate, Errors, Floor, Job, Limits, Mark, Run
-from tickwork_kernels import explain, linear_logprob
+from tickwork_kernels import HeadKernel, explain, linear_logprob
 from tickwork_kernels.conformance import head as conformance
 from tickwork_kernels.heads import HEADS
 from tickwork_kernels.registry import Choice
 
-SMALL = {"n": 256, "d": 256, "v": 2048}
+SMALL = (256, 256, 2048)
 SAMPLED_ROWS = 64
 # A bfloat16 gradient is rounded once itself, and was made from rounded probabilities.
 LIMITS = {"bfloat16": Limits(1e-3, 2**-6), "float32": Limits(1e-3, 1e-3), "float64": Limits(1e-9, 1e-9)}
@@ -57,9 +57,9 @@ def _registered(inputs: HeadInputs, case: Case) -> list[Candidate]:
     return found
 
 
-def _choices(inputs: HeadInputs) -> Mapping[str, Choice[object]]:
-    def ask() -> Choice[object]:
-        return explain(inputs.hidden, inputs.weight, inputs.targets, lora=inputs.lora)  # type: ignore[return-value]
+def _choices(inputs: HeadInputs) -> Mapping[str, Choice[HeadKernel]]:
+    def ask() -> Choice[HeadKernel]:
+        return explain(inputs.hidden, inputs.weight, inputs.targets, lora=inputs.lora)
 
     full = ask()
     with torch.no_grad():
@@ -105,7 +105,7 @@ def _full(forward: Forward, inputs: HeadInputs, upstream: str) -> Callable[[Mark
 
 def _errors(forward: Forward, inputs: HeadInputs, case: Case, upstream: str) -> Errors:
     """Compare all rows at a small shape, and some at the benchmark's; look whether a repeat has the same bits."""
-    few = make(replace(case, **SMALL), inputs.hidden.device)
+    few = make(case.at(*SMALL), inputs.hidden.device)
     small = _compare(_full(forward, few, upstream)(lambda: None), few, upstream, len(few.targets))
     run = _full(forward, inputs, upstream)
     first = run(lambda: None)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from bench.kernels.job import Run
+from bench.kernels.job import Mark, Run, nothing
 
 # Written before a cold run: several times the L2 cache of any GPU.
 FLUSHED_BYTES = 2**28
@@ -26,6 +26,15 @@ class Way:
 
     act: Run
     prepare: Callable[[], None]
+
+
+def simple(act: Callable[[], object]) -> Way:
+    """Return a way without parts and preparations."""
+
+    def run(mark: Mark) -> object:
+        return act()
+
+    return Way(run, nothing)
 
 
 @dataclass(frozen=True)

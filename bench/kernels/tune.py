@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -20,7 +21,7 @@ from rich.console import Console
 from bench import record
 from bench.kernels.cases import HEAD, Case
 from bench.kernels.inputs import make
-from bench.kernels.timing import Plan, Way, describe, once, quantile
+from bench.kernels.timing import Plan, describe, once, quantile, simple
 from tickwork_kernels import head_fused
 from tickwork_kernels.head import Chunk, Head, Rows
 
@@ -135,19 +136,15 @@ def run(rows: Rows, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
 def timed(rows: Rows, tile: Tile) -> float:
     """Return the median seconds of a forward that keeps what a backward needs."""
     kernel = head_fused.FusedHead()
-    way = Way(lambda mark: forward(kernel, rows, tile), lambda: None)
+    way = simple(lambda: forward(kernel, rows, tile))
     plan = Plan(rows.hidden.device, REPEATS, 0.0, 0.0)
     return quantile([once(way, plan, cold=False)[0] for _ in range(REPEATS)], 0.5)
 
 
 def forward(kernel: head_fused.FusedHead, rows: Rows, tile: Tile) -> Chunk:
     """Run the kernel with a tile in place of the table's."""
-    table = head_fused.tiles
-    head_fused.tiles = lambda dim, dtype: tile  # type: ignore[assignment]
-    try:
+    with patch.object(head_fused, "tiles", return_value=tile):
         return kernel.forward(rows, None)
-    finally:
-        head_fused.tiles = table
 
 
 def write(dtype: str, winners: Mapping[int, Tile], device: str) -> None:

@@ -70,8 +70,11 @@ def _times(what: str, ours: Row | None, theirs: Row | None, limit: str, inverse:
     if ours is None or theirs is None:
         return
     mine, other = ours["seconds_p50"], theirs["seconds_p50"]
-    labels = (f"{row['provider']} {milliseconds(row['seconds_p50'])}" for row in (ours, theirs))
-    yield Wanted(what, *labels, mine / other if inverse else other / mine, limit)
+    yield Wanted(what, _label(ours), _label(theirs), mine / other if inverse else other / mine, limit)
+
+
+def _label(row: Row) -> str:
+    return f"{row['provider']} {milliseconds(row['seconds_p50'])}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -87,8 +90,8 @@ def _cpu_head(rows: Sequence[Row], shape: Shape) -> Iterator[Wanted]:
     chunked = next((row for row in rows if row["provider"] == "torch-chunked" and row["mode"] == FULL), None)
     yield from _times(where, ours, chunked, ">= 3.0")
     if ours and naive and ours["extra_bytes"] and naive["extra_bytes"]:
-        labels = (f"{row['provider']} {row['extra_bytes'] / 2**20:,.1f} MiB" for row in (ours, naive))
-        yield Wanted(f"head {shape[5]}, memory", *labels, ours["extra_bytes"] / naive["extra_bytes"], "<= 0.2")
+        mine, other = (f"{row['provider']} {row['extra_bytes'] / 2**20:,.1f} MiB" for row in (ours, naive))
+        yield Wanted(f"head {shape[5]}, memory", mine, other, ours["extra_bytes"] / naive["extra_bytes"], "<= 0.2")
 
 
 def _gpu_head(rows: Sequence[Row], shape: Shape) -> Iterator[Wanted]:
@@ -97,8 +100,8 @@ def _gpu_head(rows: Sequence[Row], shape: Shape) -> Iterator[Wanted]:
         return
     for mode, seconds in limits.items():
         if (ours := _one(rows, mode)) is not None:
-            label, ratio = f"{ours['provider']} {milliseconds(ours['seconds_p50'])}", ours["seconds_p50"] / seconds
-            yield Wanted(f"head D={shape[2]}, {mode}", label, milliseconds(seconds), ratio, "<= 1.0")
+            what, ratio = f"head D={shape[2]}, {mode}", ours["seconds_p50"] / seconds
+            yield Wanted(what, _label(ours), milliseconds(seconds), ratio, "<= 1.0")
     yield from _times(f"head D={shape[2]}, full", _one(rows, FULL), _one(rows, FULL, "liger"), ">= 1.9")
 
 

@@ -19,7 +19,7 @@ from tickwork_kernels.adamw_state import (
     split_master,
 )
 from tickwork_kernels.registry import Choice, Implementation, Registry
-from tickwork_kernels.support import why_no_triton
+from tickwork_kernels.support import on_device, why_no_triton
 
 __all__ = [
     "ADAMW",
@@ -206,7 +206,8 @@ class _Triton:
         return 10 if case.device.type == "cuda" else -1
 
     def run(self, case: AdamWCase) -> AdamWReport:
-        return cast("AdamWReport", import_module("tickwork_kernels.adamw_triton").run(case))
+        with on_device(case.device):
+            return cast("AdamWReport", import_module("tickwork_kernels.adamw_triton").run(case))
 
 
 ADAMW.register(_Torch())

@@ -30,7 +30,8 @@ class CublasHead(SplitHead):
     def split_width(self, rows: Rows) -> int:
         """See ``SplitHead``."""
         widest = 64 if interpreting() else WIDEST
-        return min(widest, power_of_two(len(rows.head.weight)), max(256, BLOCK_BYTES // 4 // self.chunk_rows(rows)))
+        room = BLOCK_BYTES // 4 // self.chunk_rows(rows)
+        return min(widest, power_of_two(len(rows.head.weight)), max(256, power_of_two(room + 1) // 2))
 
     def fold(self, rows: Rows, splits: Splits) -> None:
         """See ``SplitHead``."""
@@ -67,6 +68,6 @@ class CublasHead(SplitHead):
             unread if cool is None else cool, terms, terms if splits.weighted is None else splits.weighted,
             terms.stride(0), splits.k, splits.total, splits.k if splits.spread is None else splits.spread, split,
             splits.k.shape[1], splits.target_w, splits.target_w if splits.slope is None else splits.slope, first,
-            len(rows.hidden), logits.shape[1], targets.shape[1], head.multiplier, head.softcap or 1.0,
+            len(rows.hidden), logits.shape[1], targets.shape[1], float(head.multiplier), float(head.softcap or 1),
             **features(rows), ROWS=tile_rows(1), BLOCK=power_of_two(splits.width), num_warps=8,
         )  # fmt: skip

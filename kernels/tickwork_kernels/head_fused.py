@@ -76,8 +76,8 @@ class FusedHead(SplitHead):
             terms, terms if splits.weighted is None else splits.weighted, terms.stride(0),
             splits.k, splits.total, splits.k if splits.spread is None else splits.spread, count,
             splits.target_w, splits.target_w if splits.slope is None else splits.slope,
-            len(rows.hidden), len(head.weight), rows.hidden.shape[1], targets.shape[1], head.multiplier,
-            head.softcap or 1.0, **features(rows), UPCAST=interpreting(), **tile,
+            len(rows.hidden), len(head.weight), rows.hidden.shape[1], targets.shape[1], float(head.multiplier),
+            float(head.softcap or 1), **features(rows), UPCAST=interpreting(), **tile,
         )  # fmt: skip
 
 

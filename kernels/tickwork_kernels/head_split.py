@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tickwork_kernels.head import Chunk, HeadCase, HeadKernel, Rows
-from tickwork_kernels.support import interpreting, why_no_triton
+from tickwork_kernels.support import interpreting, on_device, why_no_triton
 from tickwork_kernels.token_losses import BoundLoss
 
 # Bytes of the probabilities of one chunk; rows of a chunk are a multiple of ROW_STEP.
@@ -51,14 +51,14 @@ class Splits:
         # The interpreter truncates where a GPU rounds.
         dtype = torch.float32 if interpreting() else rows.head.weight.dtype
 
-        def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+        def make(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
 
         splits, count = -(-vocab // width), rows.targets.shape[1]
         return Splits(
             width,
-            make(n, vocab, dtype=dtype) if rows.needs.any else None,
-            make(n, vocab, dtype=dtype) if rows.needs.entropy else None,
+            wide(rows, dtype) if rows.needs.any else None,
+            wide(rows, dtype) if rows.needs.entropy else None,
             make(n, splits),
             make(n, splits),
             make(n, splits) if rows.entropy else None,
@@ -100,8 +100,9 @@ class SplitHead(HeadKernel):
     def forward(self, rows: Rows, loss: BoundLoss | None) -> Chunk:
         """See ``HeadKernel``."""
         splits = Splits.empty(rows, self.split_width(rows))
-        self.fold(rows, splits)
-        chunk = _finish(rows, splits, loss)
+        with on_device(rows.hidden.device):
+            self.fold(rows, splits)
+            chunk = _finish(rows, splits, loss)
         chunk.slope = splits.slope
         if rows.needs.any:
             chunk.kept = splits
@@ -112,9 +113,11 @@ class SplitHead(HeadKernel):
         """See ``HeadKernel``; without ``beta`` what was kept is overwritten."""
         splits: Splits = chunk.kept
         assert splits.terms is not None
-        out = splits.terms if beta is None else torch.empty_like(splits.terms)
+        out = splits.terms if beta is None else wide(rows, splits.terms.dtype)
         (n, count), height = splits.k.shape, tile_rows(1)
-        if n:
+        if n == 0:
+            return out
+        with on_device(out.device):
             launches().probabilities_kernel[(-(-n // height), count)](
                 splits.terms, *_or(splits.weighted, splits.terms), splits.terms.stride(0), out, out.stride(0),
                 splits.k, count, splits.width, splits.peak, splits.log_total, *_or(chunk.entropy, chunk.lse), alpha,
@@ -172,6 +175,13 @@ def inverse(rows: Rows) -> torch.Tensor | None:
 def power_of_two(n: int) -> int:
     """Return the least power of two that is not less than ``n``."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def wide(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
+    """Return an empty ``[n, V]`` whose rows begin at multiples of 16 elements, which GEMMs and copies want."""
+    vocab = len(rows.head.weight)
+    padded = torch.empty(len(rows.hidden), -(-vocab // 16) * 16, dtype=dtype, device=rows.hidden.device)
+    return padded[:, :vocab]
 
 
 def tile_rows(compiled: int) -> int:

@@ -124,6 +124,8 @@ def needs_of(hidden: torch.Tensor, weight: torch.Tensor, options: HeadOptions, e
 
     segments = as_segments(options.lora, 0)
     adapters = any(wants(each.a) or wants(each.b) for each in segments)
+    # A frozen adapter too is a way from the logits to hidden, beside the weight.
+    adapters = adapters or (wants(hidden) and any(each.a is not None for each in segments))
     needs = Needs(wants(hidden), adapters, wants(weight), wants(options.bias))
     return Needs(needs.hidden, adapters, needs.weight, needs.bias, entropy is True and needs.any)
 

@@ -216,7 +216,8 @@ class _Triton:
     def run(self, x: torch.Tensor, y: torch.Tensor, segments: Sequence[LoraSegment]) -> torch.Tensor:
         """Hand over to the kernels, which need triton to be imported."""
         module = importlib.import_module("tickwork_kernels.multi_lora_autograd")
-        out: torch.Tensor = module.run(x, y, segments)
+        with support.on_device(x.device):
+            out: torch.Tensor = module.run(x, y, segments)
         return out
 
 

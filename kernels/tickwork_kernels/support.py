@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 
@@ -29,3 +30,8 @@ def why_no_triton(device: torch.device) -> str | None:
     if interpreting():
         return None if device.type == "cpu" else "the Triton interpreter (TRITON_INTERPRET=1) takes CPU tensors only"
     return f"Triton kernels do not run on {device.type}; on CPU only interpreted, with TRITON_INTERPRET=1 set"
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the current one: Triton launches there, wherever the tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
