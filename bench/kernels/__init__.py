@@ -31,11 +31,13 @@ def main(arguments: Sequence[str]) -> int:
     sweep = _sweep(options, device)
     rows: list[Row] = []
     path = None
-    for some in sweep.run():
-        rows += some
-        # After each case: a run that is cut short leaves what it has.
-        path = report.save({**about, "ceilings": sweep.ceilings.record()}, rows, options.out)
-    report.show(console, rows)
+    try:
+        for some in sweep.run():
+            rows += some
+            # After each case: a run that is cut short leaves what it has.
+            path = report.save({**about, "ceilings": sweep.ceilings.record()}, rows, options.out)
+    finally:
+        report.show(console, rows)
     if path is not None:
         drawn = report.plot(path, rows)
         console.print(f"written to {path}, with a CSV and {len(drawn)} charts beside it", soft_wrap=True)
@@ -46,8 +48,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _sweep(options: argparse.Namespace, device: torch.device) -> Sweep:
     preset = _preset(options, device)
-    rounds = options.rounds or preset.rounds
-    return Sweep(device, preset, rounds, options.seconds, options.plugin, options.provider, options.check_seconds)
+    rounds, check_seconds = options.rounds or preset.rounds, options.check_seconds or min(60.0, options.seconds / 10)
+    return Sweep(device, preset, rounds, options.seconds, options.plugin, options.provider, check_seconds)
 
 
 def _preset(options: argparse.Namespace, device: torch.device) -> Preset:
@@ -83,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--provider", action="append", default=[], metavar="NAME", help="measure this one; may be repeated")
     add("--rounds", type=int, help="rounds of interleaved measurements")
     add("--seconds", type=float, default=math.inf, help="begin no further round after this time")
-    add("--check-seconds", type=float, default=60.0, help="for the conformance suite of one kernel")
+    add("--check-seconds", type=float, help="for the conformance suite of one kernel; 60, or a tenth of --seconds")
     add("--plugin", action="append", default=[], metavar="MODULE", help="import it first: it registers kernels")
     add("--out", type=Path, default=record.RESULTS, help="folder of the results")
     add("--tune", action="store_true", help="measure tile sizes and write them to tiles.json; CUDA only")

@@ -69,7 +69,7 @@ def _cells(row: Row) -> list[str]:
     )
     return [
         name, row["mode"], row["temperature"], number("seconds_p50", ".4g", 1e3), spread,
-        number("useful_tflops", ".3g"), number("useful_gb_per_s", ",.0f"), number("floor_fraction"),
+        number("useful_tflops", ".3g"), number("useful_gb_per_s", ".3g"), number("floor_fraction"),
         number("ratio_to_best_anchor"), number("extra_bytes", ",.1f", 2**-20), number("logp_error", ".1e"),
         number("dx_error", ".1e"), {True: "yes", False: "no", None: ""}[row["deterministic"]], row["status"],
     ]  # fmt: skip

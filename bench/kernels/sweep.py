@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from bench.kernels import memory
 from bench.kernels.cases import Case, Preset
 from bench.kernels.ceilings import Ceilings
 from bench.kernels.gate import Gate, Verdict
-from bench.kernels.job import ANCHOR, BACKWARD, FORWARD, FULL, MODES, NAIVE, REGISTERED, Candidate, Job
+from bench.kernels.job import ANCHOR, BACKWARD, BASE, FORWARD, FULL, NAIVE, REGISTERED, Candidate, Job
 from bench.kernels.jobs import build
-from bench.kernels.timing import Plan, Way, in_turns, quantile
+from bench.kernels.timing import Key, Plan, Way, in_turns, quantile
 
 Row = dict[str, Any]
 
@@ -66,15 +66,18 @@ class Sweep:
         verdicts = {each.name: self._gate.judge(each, job) for each in wanted if each.status is None}
         self.failed += [each.name for each in wanted if each.kind == REGISTERED and _failed(verdicts, each)]
         able = [each for each in wanted if each.name in verdicts and not _failed(verdicts, each)]
-        weights = {each.name: self._weigh(each, case) for each in able}
+        weights = {each.name: None if each.kind == BASE else self._weigh(each, case) for each in able}
         rows: list[Row] = []
         for cold in (False, True) if self.device.type == "cuda" else (False,):
             plan = Plan(self.device, self.rounds, self.preset.pause, deadline)
             ways = {(each.name, mode): Way(run, each.prepare) for each in able for mode, run in each.runs.items()}
             times, failures = in_turns(ways, plan, cold)
+            self.failed += [each.name for each in able if each.kind == REGISTERED and _raised(each, failures)]
             for each in wanted:
-                verdict = verdicts.get(each.name, Verdict(each.status))
-                rows += self._rows(job, each, verdict, weights.get(each.name), cold, _modes(each, times), failures)
+                if each in able:
+                    rows += self._rows(job, each, verdicts[each.name], weights[each.name], cold, times, failures)
+                elif not cold:
+                    rows.append(_known(case, each, verdicts.get(each.name, Verdict(each.status)), FULL, cold))
         _compare(rows)
         return rows
 
@@ -86,43 +89,50 @@ class Sweep:
 
     def _rows(
         self, job: Job, candidate: Candidate, verdict: Verdict, weight: int | None, cold: bool,
-        times: dict[str, list[float]], failures: dict[tuple[str, str], str],
+        times: dict[Key, list[list[float]]], failures: dict[Key, str],
     ) -> list[Row]:  # fmt: skip
-        failure = failures.get((candidate.name, FULL)) or failures.get((candidate.name, FORWARD))
+        if (failure := _raised(candidate, failures)) is not None:
+            return [_known(job.case, candidate, replace(verdict, failure=failure), FULL, cold)]
         rows = []
-        for mode in [mode for mode in MODES if mode in times]:
-            row = _known(job.case, candidate, verdict, mode, cold)
+        for mode, seconds in _modes(candidate, times).items():
+            row = _known(job.case, candidate, verdict, mode, cold) | _speed(seconds)
             row["extra_bytes"] = weight if mode == FULL else None
-            if candidate.status is None and verdict.failure is None and failure is not None:
-                row["status"] = f"failed: {failure}"
-            elif times[mode]:
-                row |= self._speed(job, mode, times[mode])
+            if candidate.kind != BASE and mode in job.floors:
+                row |= self._useful(job, mode, row["seconds_p50"])
             rows.append(row)
         return rows
 
-    def _speed(self, job: Job, mode: str, seconds: list[float]) -> Row:
-        row: Row = {f"seconds_p{round(100 * q)}": quantile(seconds, q) for q in (0.2, 0.5, 0.8)}
-        if mode in job.floors:
-            floor, median = job.floors[mode], row["seconds_p50"]
-            row["useful_tflops"] = floor.flops / median / 1e12
-            row["useful_gb_per_s"] = floor.nbytes / median / 1e9
-            row["floor_seconds"] = self.ceilings.seconds(floor, job.case.torch_dtype)
-            row["floor_fraction"] = row["floor_seconds"] / median
-        return row | {"rounds": len(seconds)}
+    def _useful(self, job: Job, mode: str, median: float) -> Row:
+        floor = job.floors[mode]
+        least = self.ceilings.seconds(floor, job.case.torch_dtype)
+        return {
+            "useful_tflops": floor.flops / median / 1e12,
+            "useful_gb_per_s": floor.nbytes / median / 1e9,
+            "floor_seconds": least,
+            "floor_fraction": least / median,
+        }
+
+
+def _speed(seconds: list[float]) -> Row:
+    return {f"seconds_p{round(100 * q)}": quantile(seconds, q) for q in (0.2, 0.5, 0.8)} | {"rounds": len(seconds)}
+
+
+def _raised(candidate: Candidate, failures: dict[Key, str]) -> str | None:
+    return next((why for (name, _), why in failures.items() if name == candidate.name), None)
 
 
 def _failed(verdicts: dict[str, Verdict], candidate: Candidate) -> bool:
     return candidate.name in verdicts and verdicts[candidate.name].failure is not None
 
 
-def _modes(candidate: Candidate, times: dict[tuple[str, str], list[list[float]]]) -> dict[str, list[float]]:
+def _modes(candidate: Candidate, times: dict[Key, list[list[float]]]) -> dict[str, list[float]]:
     """Return seconds by mode; a full run's marks tell its backward apart, which is never a difference of medians."""
-    full = times.get((candidate.name, FULL), [])
-    found = {FULL: [sum(parts) for parts in full]}
-    if FORWARD in candidate.runs:
-        found[FORWARD] = [parts[0] for parts in times.get((candidate.name, FORWARD), [])]
-        found[BACKWARD] = [parts[1] for parts in full]
-    return found
+    full = times[candidate.name, FULL]
+    whole = {FULL: [sum(parts) for parts in full]}
+    if FORWARD not in candidate.runs:
+        return whole
+    forward = [parts[0] for parts in times[candidate.name, FORWARD]]
+    return {FORWARD: forward, BACKWARD: [parts[1] for parts in full], **whole}
 
 
 def _known(case: Case, candidate: Candidate, verdict: Verdict, mode: str, cold: bool) -> Row:
@@ -166,5 +176,5 @@ def _compare(rows: list[Row]) -> None:
             and other["upstream"] == "vector"
             and other["seconds_p50"] is not None
         ]
-        if rivals and row["seconds_p50"] is not None:
+        if rivals and row["seconds_p50"] is not None and row["kind"] != BASE:
             row["ratio_to_best_anchor"] = min(rivals) / row["seconds_p50"]

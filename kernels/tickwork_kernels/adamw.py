@@ -206,6 +206,8 @@ class _Triton:
         return 10 if case.device.type == "cuda" else -1
 
     def run(self, case: AdamWCase) -> AdamWReport:
+        if not case.states:
+            return AdamWReport(torch.empty(0), torch.empty(0, dtype=torch.bool))
         with on_device(case.device):
             return cast("AdamWReport", import_module("tickwork_kernels.adamw_triton").run(case))
 

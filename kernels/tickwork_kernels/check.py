@@ -27,24 +27,34 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     for plugin in options.plugin:
         import_module(plugin)
-    failures = total = 0
+    failures = passed = without = 0
     for operation in options.only or OPERATIONS:
         for implementation, checks in _suite(operation, options.impl):
-            begun, refused = time.perf_counter(), []
+            begun, refused = time.perf_counter(), list[tuple[str, str]]()
             for name, check in checks:
-                total += 1
                 answer = run(check, implementation, device)
+                passed += answer is None
                 if answer is not None and answer.startswith("FAILED"):
                     failures += 1
                     print(f"{operation} {implementation}: {name}: {answer}", flush=True)
                 elif answer is not None:
-                    refused.append(f"{name} ({answer})")
+                    refused.append((name, answer))
+            without += len(refused)
             took = time.perf_counter() - begun
             print(f"{operation} {implementation}: {len(checks)} checks in {took:.1f} s", flush=True)
-            for line in refused:
-                print(f"    not checked: {line}")
-    print(f"{total - failures} of {total} checks passed or were refused by name, {failures} failed")
+            for name, reason in _short(refused):
+                print(f"    not checked: {name} ({reason})")
+    print(f"{passed} checks passed, {without} were refused by name, {failures} failed")
     return min(failures, 100)
+
+
+def _short(refused: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return each reason once, with the checks it stands for."""
+    names: dict[str, list[str]] = {}
+    for name, answer in refused:
+        # A refusal ends with the alternatives, which differ from check to check.
+        names.setdefault(answer.split("; able to run")[0], []).append(name)
+    return [("; ".join(each) if len(each) < 9 else f"{len(each)} checks", reason) for reason, each in names.items()]
 
 
 def run(check: Check, implementation: str, device: torch.device) -> str | None:

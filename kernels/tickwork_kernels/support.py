@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -28,8 +29,19 @@ def why_no_triton(device: torch.device) -> str | None:
     if device.type == "cuda" and not interpreting():
         return None
     if interpreting():
-        return None if device.type == "cpu" else "the Triton interpreter (TRITON_INTERPRET=1) takes CPU tensors only"
+        if device.type != "cpu":
+            return "the Triton interpreter (TRITON_INTERPRET=1) takes CPU tensors only"
+        return _why_no_interpreter()
     return f"Triton kernels do not run on {device.type}; on CPU only interpreted, with TRITON_INTERPRET=1 set"
+
+
+@cache
+def _why_no_interpreter() -> str | None:
+    if find_spec("numpy") is None:
+        return "the Triton interpreter needs numpy (pip install 'numpy<2.4')"
+    if version("triton").startswith("3.6.") and tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4):
+        return "the interpreter of triton 3.6 needs numpy below 2.4 (pip install 'numpy<2.4', or a later triton)"
+    return None
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
