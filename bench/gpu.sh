@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole GPU programme in one command, within 8 minutes: versions, GPU tests, sanitizers, tiles, benchmark.
 # Each part has a time of its own and leaves what it has when that is over; a part that fails stops no other.
-# Logs and results go to ${OUT:-bench/results}, as one archive if PACK is set. Nothing needs to be installed but torch, triton, rich and pytest.
+# Logs and results go to ${OUT:-bench/results}, as one archive if PACK is set. The package need not be installed; the
+# tests need what the extra "test" lists, all else torch, triton and rich (matplotlib for charts).
 set -u
 
 cd "$(dirname "$0")/.." || exit 1
@@ -12,6 +13,11 @@ out=$(cd "$out" && pwd)
 started=$(mktemp)
 export PYTHONPATH="src:kernels:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 failed=""
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "no CUDA device that torch can use"
+  exit 1
+fi
 
 # part NAME SECONDS COMMAND...: run it, at most so long; its output goes to the screen and to NAME.log.
 part() {

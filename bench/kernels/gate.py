@@ -52,7 +52,7 @@ class Gate:
         try:
             candidate.prepare()
             errors = candidate.errors()
-        except Exception as error:  # noqa: BLE001, RUF100  # whatever it raises is its result
+        except Exception as error:  # whatever it raises is its result
             return Verdict(describe(error), checks=suite.checks)
         limits = job.limits if registered else LOOSE
         return Verdict(limits.exceeded(errors), errors, suite.checks)
@@ -70,6 +70,6 @@ class Gate:
                 return Verdict(None, checks=f"{passed} of {total} passed in {self.seconds:.0f} s")
             try:
                 check(name, self.device)
-            except Exception as error:  # noqa: BLE001, RUF100  # a check may fail by any exception
+            except Exception as error:  # a check may fail by any exception
                 return Verdict(f"check {title!r}: {describe(error)}", checks=f"{passed} of {total} passed")
         return Verdict(None, checks=f"all {total} passed")

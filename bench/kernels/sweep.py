@@ -54,13 +54,12 @@ class Sweep:
         """Measure each case and yield its rows."""
         cases = self.preset.cases
         for index, case in enumerate(cases):
-            left = max(0.0, self._deadline - time.monotonic())
-            yield self._case(case, time.monotonic() + left / (len(cases) - index))
+            yield self._case(case, len(cases) - index)
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _case(self, case: Case, deadline: float) -> list[Row]:
+    def _case(self, case: Case, cases_left: int) -> list[Row]:
         job = build(case, self.device)
         wanted = [each for each in job.candidates if not self.providers or each.name in self.providers]
         verdicts = {each.name: self._gate.judge(each, job) for each in wanted if each.status is None}
@@ -68,8 +67,11 @@ class Sweep:
         able = [each for each in wanted if each.name in verdicts and not _failed(verdicts, each)]
         weights = {each.name: None if each.kind == BASE else self._weigh(each, case) for each in able}
         rows: list[Row] = []
-        for cold in (False, True) if self.device.type == "cuda" else (False,):
-            plan = Plan(self.device, self.rounds, self.preset.pause, deadline)
+        temperatures = (False, True) if self.device.type == "cuda" else (False,)
+        # Of what the checks have left: the first case pays for those of its operation.
+        share = max(0.0, self._deadline - time.monotonic()) / cases_left / len(temperatures)
+        for cold in temperatures:
+            plan = Plan(self.device, self.rounds, self.preset.pause, time.monotonic() + share)
             ways = {(each.name, mode): Way(run, each.prepare) for each in able for mode, run in each.runs.items()}
             times, failures = in_turns(ways, plan, cold)
             self.failed += [each.name for each in able if each.kind == REGISTERED and _raised(each, failures)]
@@ -84,7 +86,7 @@ class Sweep:
     def _weigh(self, candidate: Candidate, case: Case) -> int | None:
         try:
             return memory.extra_bytes(candidate, case, self.plugins, self.device)
-        except Exception:  # noqa: BLE001, RUF100  # its time will say what is wrong with it
+        except Exception:  # its time will say what is wrong with it
             return None
 
     def _rows(

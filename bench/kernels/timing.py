@@ -116,7 +116,7 @@ def in_turns(ways: Mapping[Key, Way], plan: Plan, cold: bool) -> tuple[dict[Key,
         for key in keys[start:] + keys[:start]:
             try:
                 found = once(ways[key], plan, cold)
-            except Exception as error:  # noqa: BLE001, RUF100  # whatever an anchor raises is its result
+            except Exception as error:  # whatever an anchor raises is its result
                 failures[key] = describe(error)
                 continue
             if turn >= WARMUPS:

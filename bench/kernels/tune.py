@@ -29,7 +29,7 @@ TILES = Path(head_fused.__file__).with_name("tiles.json")
 KEY, LAST = "gemm_fold", 2**30
 # Hidden size that is timed -> the largest for which its winner is taken.
 BUCKETS = {1024: 1536, 2048: 3072, 4096: LAST}
-ROWS, VOCAB, REPEATS = 4096, 32768, 7
+ROWS, VOCAB, REPEATS, SOFTCAP = 4096, 32768, 7, 30.0
 DEFAULT_SECONDS = 60.0
 TOLERANCE = {"bfloat16": (1e-3, 2**-6), "float32": (1e-3, 1e-3)}
 
@@ -41,15 +41,14 @@ def _tiles(shapes: list[tuple[int, int, int, int]], stages: tuple[int, ...]) -> 
     return [dict(zip(names, (*shape, depth, 16), strict=True)) for depth, shape in product(stages, shapes)]
 
 
-CANDIDATES = {
-    "bfloat16": [
-        *_tiles([(128, 256, 64, 8), (128, 128, 64, 4), (128, 128, 64, 8), (256, 128, 64, 8), (64, 256, 64, 4)], (3, 4)),
-        *_tiles([(128, 256, 32, 8), (128, 128, 128, 8)], (3,)),
-    ],
-    "float32": _tiles(
-        [(64, 64, 32, 4), (128, 64, 32, 4), (64, 128, 32, 4), (128, 128, 32, 8), (128, 128, 16, 8)], (3,)
-    ),
-}
+_BFLOAT16 = [
+    *_tiles([(128, 256, 64, 8), (128, 128, 64, 4), (128, 128, 64, 8), (256, 128, 64, 8), (64, 256, 64, 4)], (3, 4)),
+    *_tiles([(128, 256, 32, 8), (128, 128, 128, 8)], (3,)),
+]
+_FLOAT32 = _tiles([(64, 64, 32, 4), (64, 64, 32, 8), (128, 64, 32, 8), (64, 128, 32, 8), (128, 128, 16, 8)], (3,))
+CANDIDATES = {"bfloat16": _BFLOAT16, "bfloat16 wide": _BFLOAT16, "float32": _FLOAT32}
+# Of the time left when its turn comes: the first kind is the one that matters.
+SHARES = (0.6, 0.6, 1.0)
 
 
 @dataclass
@@ -58,13 +57,13 @@ class Contest:
 
     Args:
         rows: what is computed.
-        dtype: by name.
+        kind: of the table: a dtype, and whether its kernel is wide.
         wanted: logprobs and gradients by the tile in use so far.
         best: the fastest tile yet, with its seconds.
     """
 
     rows: Rows
-    dtype: str
+    kind: str
     wanted: tuple[torch.Tensor, torch.Tensor]
     best: tuple[float, Tile]
 
@@ -72,7 +71,7 @@ class Contest:
         """Time a tile; raises a ValueError if it computes something else."""
         found = run(self.rows, tile)
         for name, one, other, limit in zip(
-            ("logprobs", "hidden"), found, self.wanted, TOLERANCE[self.dtype], strict=True
+            ("logprobs", "hidden"), found, self.wanted, TOLERANCE[self.kind.split()[0]], strict=True
         ):
             off = float((one - other).abs().max() / other.abs().max())
             if not off <= limit:
@@ -89,26 +88,28 @@ def main(console: Console, device: torch.device, about: dict[str, Any], seconds:
         return 1
     deadline = time.monotonic() + (DEFAULT_SECONDS if math.isinf(seconds) else seconds)
     rows: list[dict[str, Any]] = []
-    for dtype, candidates in CANDIDATES.items():
-        # The first of the two dtypes is the one that matters.
-        share = deadline if dtype == "float32" else time.monotonic() + 0.75 * (deadline - time.monotonic())
-        contests = {dim: contest(dim, dtype, device) for dim in BUCKETS}
-        rows += hold(contests, candidates, share)
-        write(dtype, {dim: each.best[1] for dim, each in contests.items()}, torch.cuda.get_device_name())
-        head_fused.tiles.cache_clear()
-    console.print(*(f"{row['dtype']} D={row['D']} {row['tile']}: {row['result']}" for row in rows), sep="\n")
+    for done, (kind, candidates) in enumerate(CANDIDATES.items()):
+        left = deadline - time.monotonic()
+        contests = {dim: contest(dim, kind, device) for dim in BUCKETS}
+        if found := hold(contests, candidates, deadline - left * (1 - SHARES[done])):
+            write(kind, {dim: each.best[1] for dim, each in contests.items()}, torch.cuda.get_device_name())
+            rows += found
+    head_fused.tiles.cache_clear()
+    console.print(*(f"{row['kind']} D={row['D']} {row['tile']}: {row['result']}" for row in rows), sep="\n")
     path = record.save("tiles", about, rows, out)
     (out / "tiles.json").write_text(TILES.read_text())
     console.print(f"written to {TILES}; all times in {path}", soft_wrap=True)
     return 0
 
 
-def contest(dim: int, dtype: str, device: torch.device) -> Contest:
-    """Return a contest that begins with the tile in use."""
+def contest(dim: int, kind: str, device: torch.device) -> Contest:
+    """Return a contest of a kind of the table that begins with the tile in use; wide is a head with a softcap."""
+    dtype, _, wide = kind.partition(" ")
     inputs = make(Case(HEAD, ROWS, dim, VOCAB, dtype), device)
-    rows = Rows(inputs.hidden.detach(), inputs.targets[:, None], Head(inputs.weight))
-    tile = dict(head_fused.tiles(dim, rows.hidden.dtype))
-    return Contest(rows, dtype, run(rows, tile), (timed(rows, tile), tile))
+    head = Head(inputs.weight, softcap=SOFTCAP if wide else None)
+    rows = Rows(inputs.hidden.detach(), inputs.targets[:, None], head)
+    tile = dict(head_fused.tile_of(rows))
+    return Contest(rows, kind, run(rows, tile), (timed(rows, tile), tile))
 
 
 def hold(contests: Mapping[int, Contest], candidates: list[Tile], deadline: float) -> list[dict[str, Any]]:
@@ -120,9 +121,9 @@ def hold(contests: Mapping[int, Contest], candidates: list[Tile], deadline: floa
         for dim, each in contests.items():
             try:
                 result = f"{1e3 * each.enter(tile):.3f} ms"
-            except Exception as error:  # noqa: BLE001, RUF100  # too large a tile raises whatever it likes
+            except Exception as error:  # too large a tile raises whatever it likes
                 result = describe(error)
-            rows.append({"dtype": each.dtype, "D": dim, "tile": tile, "result": result})
+            rows.append({"kind": each.kind, "D": dim, "tile": tile, "result": result})
     return rows
 
 
@@ -143,15 +144,15 @@ def timed(rows: Rows, tile: Tile) -> float:
 
 def forward(kernel: head_fused.FusedHead, rows: Rows, tile: Tile) -> Chunk:
     """Run the kernel with a tile in place of the table's."""
-    with patch.object(head_fused, "tiles", return_value=tile):
+    with patch.object(head_fused, "tile_of", return_value=tile):
         return kernel.forward(rows, None)
 
 
-def write(dtype: str, winners: Mapping[int, Tile], device: str) -> None:
-    """Replace the table's rows of a dtype, one line each."""
+def write(kind: str, winners: Mapping[int, Tile], device: str) -> None:
+    """Replace the table's rows of a kind, one line each."""
     table = json.loads(TILES.read_text())
     source = f"measured on {device}"
-    table[KEY][dtype] = [{"dim": BUCKETS[dim], "tile": tile, "source": source} for dim, tile in sorted(winners.items())]
+    table[KEY][kind] = [{"dim": BUCKETS[dim], "tile": tile, "source": source} for dim, tile in sorted(winners.items())]
     parts = [
         f"    {json.dumps(name)}: [\n" + ",\n".join(f"      {json.dumps(row)}" for row in rows) + "\n    ]"
         for name, rows in table[KEY].items()

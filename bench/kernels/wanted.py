@@ -79,7 +79,7 @@ def _label(row: Row) -> str:
 
 def milliseconds(seconds: float) -> str:
     """Return a time for people."""
-    return f"{1000 * seconds:,.3g} ms"
+    return f"{1000 * seconds:,.4g} ms"
 
 
 def _cpu_head(rows: Sequence[Row], shape: Shape) -> Iterator[Wanted]:

@@ -78,7 +78,9 @@ def prepare(
     _check_tensors(hidden, weight, targets, options)
     wide = targets if targets.dim() == 2 else targets[:, None]
     segments = [each for each in as_segments(options.lora, len(hidden)) if each.a is not None]
-    head = Head(weight, options.bias, options.softcap, options.multiplier)
+    # Kernels read a bias as one row of memory.
+    bias = None if options.bias is None else options.bias.contiguous()
+    head = Head(weight, bias, options.softcap, options.multiplier)
     rows = Rows(hidden, wide, head, segments, _temperature(options.temperature, hidden, head), entropy, needs)
     if options.check or (options.check is None and hidden.device.type == "cpu"):
         _check_range(wide, len(weight), options.ignore_index)

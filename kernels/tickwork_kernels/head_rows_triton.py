@@ -125,7 +125,7 @@ def merge(k, total, spread, w, unique, ENTROPY: tl.constexpr):
     if ENTROPY:
         far = tl.where(total > 0, over * (spread + (k - peak[:, None]) * total), 0.0)
         near = tl.where(ours > 0, ours * (w - peak[:, None]), 0.0)
-        entropy = LN2 * (log_total - (tl.sum(far, 1) + tl.sum(near, 1)) / tl.exp2(log_total))
+        entropy = (log_total - (tl.sum(far, 1) + tl.sum(near, 1)) / tl.exp2(log_total)) * LN2
     return peak, log_total, entropy
 
 
@@ -151,9 +151,9 @@ def finish_kernel(
     twice = (y[:, :, None] == y[:, None, :]) & (own[None, :, None] > own[None, None, :])
     unique = mine & (tl.max(twice.to(tl.int32), 2) == 0)
     peak, log_total, spread_all = merge(k, total, spread, w, unique, ENTROPY)
-    logp = LN2 * ((w - peak[:, None]) - log_total[:, None])
+    logp = ((w - peak[:, None]) - log_total[:, None]) * LN2
     tl.store(logprobs + place, logp, mask=mine)
-    tl.store(lse + row, LN2 * (peak + log_total), mask=here)
+    tl.store(lse + row, (peak + log_total) * LN2, mask=here)
     tl.store(row_peak + row, peak, mask=here)
     tl.store(row_total + row, log_total, mask=here)
     if ENTROPY:
@@ -193,7 +193,7 @@ def probabilities_kernel(
         value = kept * (p * a)[:, None]
         if BETA:
             more = tl.load(weighted + at, mask=inside, other=0.0).to(tl.float32)
-            value = p[:, None] * (kept * (a - b * (LN2 * base + h))[:, None] - (b * LN2)[:, None] * more)
+            value = p[:, None] * (kept * (a - b * (base * LN2 + h))[:, None] - (b * LN2)[:, None] * more)
             # A split of nothing but targets has the lowest base of all, whose product with 0 may not be 0.
             value = tl.where(kept != 0, value, 0.0)
         tl.store(out + row[:, None] * out_stride + columns[None, :], value.to(out.dtype.element_ty), mask=inside)

@@ -170,7 +170,8 @@ def outer_kernel(
     offsets = d[None, :] * rank + r[:, None] if TRANSPOSED else r[:, None] * dim + d[None, :]
     place = tl.load(piece + 2).to(tl.pointer_type(tl.float32)) + offsets
     mask = (r[:, None] < rank) & (d[None, :] < dim)
-    acc += tl.load(place, mask=mask & (tl.load(piece + 3) != 0), other=0.0)
+    if tl.load(piece + 3) != 0:
+        acc += tl.load(place, mask=mask, other=0.0)
     tl.store(place, acc, mask=mask)
 
 
