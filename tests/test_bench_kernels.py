@@ -18,6 +18,7 @@ import torch
 
 from tickwork_kernels.head_torch import TorchHead
 from tickwork_kernels.heads import register_head_kernel
+from tickwork_kernels.token_losses import TokenLoss, register_token_loss
 
 
 class Toy(TorchHead):
@@ -38,10 +39,17 @@ class Wrong(Toy):
         return 0.9 * super().through(rows, chunk, alpha, beta)
 
 
+def hinge(logp, inputs, config):
+    """Ask for a margin and no more."""
+    short = (logp < config["margin"]).to(logp.dtype) * inputs["weights"]
+    return short * (config["margin"] - logp), -short
+
+
+register_token_loss(TokenLoss("hinge", hinge, ("weights",), {"margin": -1.0}, zero_when="weights"))
 register_head_kernel(Toy())
 register_head_kernel(Wrong())
 '''
-PROVIDERS = ("torch", "attention", "toy", "wrong", "naive", "liger", "base GEMM", "torch-fused")
+PROVIDERS = ("torch", "attention", "toy", "wrong", "naive", "liger", "base GEMM", "torch-fused", "hinge", "ppo")
 
 
 class Outcome:
@@ -92,6 +100,17 @@ def test_a_correct_provider_has_errors_and_speeds_in_every_mode(outcome: Outcome
     assert rows[-1]["extra_bytes"] >= 0
 
 
+@pytest.mark.parametrize("loss", ["hinge", "ppo"])
+def test_a_registered_loss_is_measured(outcome: Outcome, loss: str) -> None:
+    """A user's loss stands beside the built-in ones, held to float64 and to the suite."""
+    (row,) = outcome.rows(loss, operation="losses")
+
+    assert row["status"] == "ok"
+    assert row["checks"] == "all 5 passed"
+    assert row["seconds_p50"] > 0
+    assert row["dx_error"] < 1e-3
+
+
 def test_a_wrong_kernel_has_no_speed_and_fails_the_run(outcome: Outcome) -> None:
     """Its checks fail, so nothing of its time is told, and the exit status is 1."""
     rows = outcome.rows("wrong")
@@ -128,4 +147,4 @@ def test_results_are_written_as_json_csv_and_charts(outcome: Outcome) -> None:
     assert result["versions"]["torch"]
     assert result["ceilings"]["copy_gb_per_s"] > 0
     pytest.importorskip("matplotlib")
-    assert len(list(outcome.folder.glob("*.png"))) == 4
+    assert len(list(outcome.folder.glob("*.png"))) == 5

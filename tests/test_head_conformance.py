@@ -71,7 +71,7 @@ def test_every_refusal_is_of_a_check_that_exists() -> None:
 def test_losses(loss: str, name: str) -> None:
     """Each built-in loss does what every one must, under every head that runs here."""
     answer = LOSS_CHECKS[name](loss, CPU) or ""
-    if name == "every head agrees":
+    if name == "the shipped heads agree":
         assert set(re.findall(r"(\w+): ", answer)) <= {"cublas", "triton"}
     elif loss == "dro" and name == "a silenced token has no loss":
         assert answer == "declares no input that silences a token"

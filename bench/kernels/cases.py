@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-HEAD, ADAMW, MULTI_LORA = "head", "adamw", "multi_lora"
-OPERATIONS = (HEAD, ADAMW, MULTI_LORA)
+HEAD, LOSSES, ADAMW, MULTI_LORA = "head", "losses", "adamw", "multi_lora"
+OPERATIONS = (HEAD, LOSSES, ADAMW, MULTI_LORA)
 SEGMENTS = 16
 
 
@@ -18,8 +18,8 @@ class Case:
 
     Args:
         operation: one of ``OPERATIONS``.
-        n, d, v: of the head: tokens, hidden size, vocabulary. Of ``adamw``: adapters, tensors of each, elements of a
-            tensor on average. Of ``multi_lora``: tokens, features in, features out.
+        n, d, v: of the head and of losses: tokens, hidden size, vocabulary. Of ``adamw``: adapters, tensors of each,
+            elements of a tensor on average. Of ``multi_lora``: tokens, features in, features out.
         dtype: of weights and inputs.
         rank: of the adapters; 0 for a head without one.
         seed: of the inputs.
@@ -74,6 +74,7 @@ PRESETS = {
         (
             Case(HEAD, 64, 32, 512, "float32"),
             Case(HEAD, 64, 32, 512, "float32", rank=4),
+            Case(LOSSES, 64, 32, 512, "float32"),
             Case(ADAMW, 2, 3, 1000, "float32"),
             Case(MULTI_LORA, 64, 32, 48, "float32", rank=4),
         ),
@@ -87,6 +88,7 @@ PRESETS = {
             Case(HEAD, 1024, 512, 65536, "float32"),
             Case(HEAD, 1024, 512, 65536, "bfloat16"),
             Case(HEAD, 1024, 512, 65536, "float32", rank=16),
+            Case(LOSSES, 1024, 256, 16384, "float32"),
             Case(ADAMW, 16, 500, 1024, "float32"),
             Case(MULTI_LORA, 2048, 1024, 1024, "float32", rank=32),
         ),
@@ -104,6 +106,7 @@ PRESETS = {
             Case(MULTI_LORA, 8192, 4096, 12288, rank=32),
             Case(MULTI_LORA, 8192, 4096, 4096, rank=32),
             Case(HEAD, 8192, 2048, 128256, rank=32),
+            Case(LOSSES, 8192, 1024, 151936),
         ),
         rounds=20,
         pause=0.02,

@@ -138,6 +138,11 @@ def _compare(
     return logp, oracle.row_error(found[1][rows], exact.hidden), adapter
 
 
+def build_floor(case: Case) -> Floor:
+    """Return what forward and backward must do."""
+    return _floors(case)[FULL]
+
+
 def _floors(case: Case) -> Mapping[str, Floor]:
     """One GEMM forward and one back; of an adapter two thin ones forward and four back."""
     gemm, thin = 2 * case.n * case.d * case.v, 2 * case.n * case.rank * (case.d + case.v)

@@ -7,12 +7,13 @@ from importlib import import_module
 
 import torch
 
-from bench.kernels import adamw, head, multi_lora
-from bench.kernels.cases import ADAMW, HEAD, MULTI_LORA, Case
+from bench.kernels import adamw, head, losses, multi_lora
+from bench.kernels.cases import ADAMW, HEAD, LOSSES, MULTI_LORA, Case
 from bench.kernels.job import Job
 
 BUILDERS: dict[str, Callable[[Case, torch.device], Job]] = {
     HEAD: head.build,
+    LOSSES: losses.build,
     ADAMW: adamw.build,
     MULTI_LORA: multi_lora.build,
 }

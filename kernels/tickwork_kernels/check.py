@@ -15,6 +15,7 @@ from importlib import import_module
 import torch
 
 Check = Callable[[str, torch.device], str | None]
+QUICK = 6
 OPERATIONS = ("head", "losses", "adamw", "multi_lora")
 
 
@@ -29,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         import_module(plugin)
     failures = passed = without = 0
     for operation in options.only or OPERATIONS:
-        for implementation, checks in _suite(operation, options.impl):
+        for implementation, suite in _suite(operation, options.impl):
+            checks = suite[:QUICK] if options.quick else suite
             begun, refused = time.perf_counter(), list[tuple[str, str]]()
             for name, check in checks:
                 answer = run(check, implementation, device)
@@ -91,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu (Triton interpreted) or cuda")
     parser.add_argument("--only", action="append", choices=OPERATIONS, help="an operation; may be repeated")
     parser.add_argument("--impl", action="append", default=[], help="an implementation or loss; may be repeated")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} checks of each: for slow tools, as sanitizers")
     parser.add_argument("--plugin", action="append", default=[], help="a module that registers more; may be repeated")
     return parser
 

@@ -56,7 +56,7 @@ class AttentionHead(HeadKernel):
 
     def forward(self, rows: Rows, loss: BoundLoss | None) -> Chunk:
         """See ``HeadKernel``; keeps the bulk through the weight at ``alpha`` 1, ``[n, D]`` float32."""
-        head, hidden = rows.head, rows.hidden.float()
+        head, hidden = rows.head, rows.hidden.float().contiguous()
         if rows.temperature is not None:
             hidden = hidden / rows.temperature[:, None]
         mean, rest = _others(hidden, rows.targets, head.weight, head.multiplier)
@@ -82,7 +82,7 @@ def _others(
     mean, lse = torch.zeros_like(q), q.new_full((len(q),), -torch.inf)
     mask = q.new_zeros(len(q), min(COLUMNS, len(weight)))
     for start in range(0, len(weight), COLUMNS):
-        part = weight[start : start + COLUMNS].float()
+        part = weight[start : start + COLUMNS].float().contiguous()  # the operation reads rows end to end
         row, k = ((targets >= start) & (targets < start + len(part))).nonzero(as_tuple=True)
         place = (row, targets[row, k] - start)
         mask[place] = -torch.inf

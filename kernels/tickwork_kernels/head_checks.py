@@ -105,6 +105,8 @@ def _temperature(value: float | torch.Tensor, hidden: torch.Tensor, head: Head) 
                 f"temperature must be a number or [N] = [{len(hidden)}] on {hidden.device}, not {list(value.shape)} "
                 f"on {value.device}"
             )
+        if hidden.device.type == "cpu" and not bool((value > 0).all()):
+            raise ValueError(f"temperature must be above 0 everywhere, not {float(value.min())}")
         return value.to(head.dtype).expand(len(hidden))
     if not value > 0:
         raise ValueError(f"temperature must be above 0, not {value}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tickwork_kernels.head import HeadCase, Rows, matmul
-from tickwork_kernels.head_split import SplitHead, Splits, features, inverse, launches, power_of_two, tile_rows
+from tickwork_kernels.head_split import SplitHead, Splits, bias_of, features, inverse, launches, power_of_two, tile_rows
 from tickwork_kernels.support import interpreting
 
 # Bytes of a block of logits, under the 50 MB of an H100's L2; and the widest split a row kernel takes at once.
@@ -64,7 +64,7 @@ class CublasHead(SplitHead):
             return
         terms = unread if splits.terms is None else splits.terms
         launches().fold_kernel[(-(-len(rows.hidden) // tile_rows(1)),)](
-            logits, logits.stride(0), unread if head.bias is None else head.bias, targets,
+            logits, logits.stride(0), bias_of(rows, unread), targets,
             unread if cool is None else cool, terms, terms if splits.weighted is None else splits.weighted,
             terms.stride(0), splits.k, splits.total, splits.k if splits.spread is None else splits.spread, split,
             splits.k.shape[1], splits.target_w, splits.target_w if splits.slope is None else splits.slope, first,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tickwork_kernels.head import HeadCase, Rows
-from tickwork_kernels.head_split import SplitHead, Splits, features, inverse
+from tickwork_kernels.head_split import SplitHead, Splits, bias_of, features, inverse
 from tickwork_kernels.support import interpreting
 
 SMALL = 1536
@@ -72,7 +72,7 @@ class FusedHead(SplitHead):
         kernel[(programs,)](
             descriptor(rows.hidden, tile["TOKENS"], tile["DEPTH"]),
             descriptor(head.weight, tile["COLUMNS"], tile["DEPTH"]),
-            unread if head.bias is None else head.bias, targets, unread if cool is None else cool,
+            bias_of(rows, unread), targets, unread if cool is None else cool,
             terms, terms if splits.weighted is None else splits.weighted, terms.stride(0),
             splits.k, splits.total, splits.k if splits.spread is None else splits.spread, count,
             splits.target_w, splits.target_w if splits.slope is None else splits.slope,

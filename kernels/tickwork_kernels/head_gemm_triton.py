@@ -44,11 +44,10 @@ def fold_tile(
         w = tl.where(aside[None, :] == y[:, None], LOWEST, w)
     k, total, spread, kept, kept_weighted = fold(w, slope, 1, ENTROPY)
     place = (above + local) * splits + split
-    there = here & (before < vocab)
-    tl.store(split_k + place, k, mask=there)
-    tl.store(split_sum + place, total, mask=there)
+    tl.store(split_k + place, k, mask=here)
+    tl.store(split_sum + place, total, mask=here)
     if ENTROPY:
-        tl.store(split_weighted + place, spread, mask=there)
+        tl.store(split_weighted + place, spread, mask=here)
     first = above * terms_stride + before
     offset, both = local[:, None] * terms_stride + aside[None, :], here[:, None] & inside[None, :]
     if KEEP:

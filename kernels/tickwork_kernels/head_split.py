@@ -167,6 +167,11 @@ def features(rows: Rows) -> dict[str, Any]:
     }
 
 
+def bias_of(rows: Rows, unread: torch.Tensor) -> torch.Tensor:
+    """Return the bias as kernels read it, or what stands for one that is not read."""
+    return unread if rows.head.bias is None else rows.head.bias.contiguous()
+
+
 def inverse(rows: Rows) -> torch.Tensor | None:
     """Return 1 / temperature, ``[n]`` contiguous."""
     return None if rows.temperature is None else rows.temperature.reciprocal().contiguous()

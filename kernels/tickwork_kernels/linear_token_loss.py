@@ -69,7 +69,8 @@ def linear_token_loss(
 
     Raises:
         ValueError: an argument is wrong; names it.
-        NotImplementedError: ``impl`` can not do what is asked; names the reason and the alternatives.
+        NotImplementedError: ``impl`` can not do what is asked, or an input requires a gradient; names the reason and
+            the alternatives.
     """
     options = HeadOptions(bias, multiplier, softcap, temperature, lora, ignore_index, check)
     call = prepare(hidden, weight, targets, options, needs_of(hidden, weight, options, False), entropy)
@@ -94,6 +95,8 @@ def _bound(
                 f"inputs[{name!r}] must be {list(targets.shape)} on {targets.device} as targets, not "
                 f"{list(value.shape)} on {value.device}"
             )
+        if value.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(f"inputs[{name!r}] has no gradient here; detach it, or use linear_logprob")
         wide = value.detach().to(call.rows.head.dtype)
         laid[name] = call.gather(wide if wide.dim() == 2 else wide[:, None])
     return BoundLoss(bound.loss, laid, bound.config, call.ignored)

@@ -119,7 +119,7 @@ def test_the_twin_is_what_runs(impl: str, count: int | None, registered: str) ->
 
 def test_a_wrong_twin_fails_the_suite(registered: str) -> None:
     """A twin is held to its torch function alone and under each head; a loss without one passes without."""
-    for name in ("the twin agrees", "every head agrees"):
+    for name in ("the twin agrees", "the shipped heads agree"):
         if registered == "wrong":
             with pytest.raises(AssertionError):
                 LOSS_CHECKS[name]("hinge", CPU)
