@@ -15,6 +15,8 @@ from bench.kernels.job import Mark, Run, nothing
 # Written before a cold run: several times the L2 cache of any GPU.
 FLUSHED_BYTES = 2**28
 COLD_PAUSE = 0.02
+# A run of this length needs no repeats to be told from the others, and would eat their time.
+SLOW_SECONDS = 5.0
 WARMUPS = 1
 
 Key = tuple[str, str]
@@ -99,7 +101,7 @@ class EventClock:
 
 
 def in_turns(ways: Mapping[Key, Way], plan: Plan, cold: bool) -> tuple[dict[Key, list[list[float]]], dict[Key, str]]:
-    """Time every way once a round, in an order that rotates.
+    """Time every way once a round, in an order that rotates; what takes longer than ``SLOW_SECONDS`` once at all.
 
     Returns:
         ``(times, failures)``: of each way, for each round the seconds between its marks; or what it raised, and then
@@ -107,11 +109,12 @@ def in_turns(ways: Mapping[Key, Way], plan: Plan, cold: bool) -> tuple[dict[Key,
     """
     times: dict[Key, list[list[float]]] = {key: [] for key in ways}
     failures: dict[Key, str] = {}
+    slow: set[Key] = set()
     gc.collect()
     for turn in range(WARMUPS + plan.rounds):
         if turn > WARMUPS and time.monotonic() > plan.deadline:
             break
-        keys = [key for key in ways if key not in failures]
+        keys = [key for key in ways if key not in failures and key not in slow]
         start = turn % max(1, len(keys))
         for key in keys[start:] + keys[:start]:
             try:
@@ -119,7 +122,9 @@ def in_turns(ways: Mapping[Key, Way], plan: Plan, cold: bool) -> tuple[dict[Key,
             except Exception as error:  # whatever an anchor raises is its result
                 failures[key] = describe(error)
                 continue
-            if turn >= WARMUPS:
+            if sum(found) > SLOW_SECONDS:
+                slow.add(key)
+            if turn >= WARMUPS or key in slow:
                 times[key].append(found)
     return times, failures
 
