@@ -20,7 +20,7 @@ from bench.kernels.sweep import Row
 from bench.kernels.wanted import Wanted, judge
 
 COLUMNS = ("provider", "mode", "", "ms p50", "p20 - p80", "TFLOP/s", "GB/s", "of floor", "vs anchor", "extra MiB")
-ERRORS = ("logp error", "dx error", "same bits", "status")
+ERRORS = ("logp error", "dx error", "same bits")
 COLORS = {"registered": "#2b6cb0", "naive": "#a0aec0", "anchor": "#dd6b20", "base": "#718096"}
 
 
@@ -40,21 +40,19 @@ def show(console: Console, rows: Sequence[Row]) -> None:
     """Print a table for each case, and what was wanted."""
     for title in dict.fromkeys(map(_title, rows)):
         table = Table(*COLUMNS, *ERRORS, title=title, title_justify="left")
-        for row in (row for row in rows if _title(row) == title):
-            table.add_row(*map(escape, _cells(row)), style=_style(row))
+        some = [row for row in rows if _title(row) == title]
+        for row in (row for row in some if row["seconds_p50"] is not None):
+            table.add_row(*map(escape, _cells(row)), style="bold" if row["chosen"] else "")
         console.print(table)
+        for row in (row for row in some if row["seconds_p50"] is None):
+            style = "bold red" if row["status"].startswith("failed") else "dim"
+            console.print(f"  {escape(row['provider'])}: {escape(row['status'])}", style=style, soft_wrap=True)
     if found := judge(rows):
         console.print(_wanted(found))
 
 
 def _title(row: Row) -> str:
     return Case(row["operation"], row["N"], row["D"], row["V"], row["dtype"], row["rank"]).name
-
-
-def _style(row: Row) -> str:
-    if row["status"].startswith("failed"):
-        return "bold red"
-    return "dim" if row["status"] != "ok" else "bold" if row["chosen"] else ""
 
 
 def _cells(row: Row) -> list[str]:
@@ -71,7 +69,7 @@ def _cells(row: Row) -> list[str]:
         name, row["mode"], row["temperature"], number("seconds_p50", ".4g", 1e3), spread,
         number("useful_tflops", ".3g"), number("useful_gb_per_s", ".3g"), number("floor_fraction"),
         number("ratio_to_best_anchor"), number("extra_bytes", ",.1f", 2**-20), number("logp_error", ".1e"),
-        number("dx_error", ".1e"), {True: "yes", False: "no", None: ""}[row["deterministic"]], row["status"],
+        number("dx_error", ".1e"), {True: "yes", False: "no", None: ""}[row["deterministic"]],
     ]  # fmt: skip
 
 
