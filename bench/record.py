@@ -33,7 +33,7 @@ def circumstances() -> dict[str, Any]:
 def save(name: str, about: dict[str, Any], rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
     """Write one run's result file and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = about["time"].replace(":", "").replace("-", "")[:13]
+    stamp = about["time"].replace(":", "").replace("-", "")[:15]
     path = folder / f"{name}-{stamp}.json"
     path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     return path

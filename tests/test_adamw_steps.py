@@ -132,7 +132,6 @@ def test_bad_arguments_of_an_arena() -> None:
         (torch.float32, "master"),
         (torch.bfloat16, None),
         (torch.bfloat16, "both"),
-        (torch.half, "master"),
     ):
         with pytest.raises(ValueError, match="exact must be"):
             AdamWArena([5], dtype=dtype, exact=exact)

@@ -17,6 +17,8 @@ from tickwork.engine.plan import plan
 from tickwork.errors import CapacityError, InvalidRequestError, LossError
 from tickwork.requests import OptimStep
 from tickwork.types import AdamParams, Datum, TensorData
+from tickwork_kernels import TokenLoss, register_token_loss
+from tickwork_kernels.token_losses import unregister_token_loss
 
 # Relative L2 distance of each tensor's gradient: float32 through two layers, summed in another order (measured: 1e-6).
 ROUNDING = 1e-5
@@ -513,3 +515,47 @@ def test_steps_of_several_models_at_once_are_those_of_each() -> None:
         assert torch.equal(one.model(name).state.adapter.arena, other.model(name).state.adapter.arena)
     assert one.model("a").state.steps == other.model("b").state.steps == 1
     assert other.model("idle").state.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "says"),
+    [
+        (lambda logp, inputs, config: logp @ logp, "RuntimeError"),
+        (lambda logp, inputs, config: (logp.sum(), logp), "its loss must be"),
+        (lambda logp, inputs, config: 1 // 0, "ZeroDivisionError"),
+    ],
+)
+def test_a_registered_loss_fails_its_own_request(bench: Bench, evaluate: Callable[..., Any], says: str) -> None:
+    """A user's token loss that raises, or returns what is none, fails by name; the neighbour's request goes through."""
+    register_token_loss(TokenLoss("broken", evaluate))
+    try:
+        plain = data_of((4, 3))
+        bare = [Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]}) for d in plain]
+        bad, good = bench.run(train("a", bare, "broken"), train("b", plain))
+    finally:
+        unregister_token_loss("broken")
+    assert isinstance(bad.error, LossError)
+    assert says in str(bad.error)
+    assert good.error is None
+    assert not any(bool(grad.any()) for grad in bench.gradient("a").values())
+
+
+def test_a_registered_loss_trains_by_its_name(bench: Bench) -> None:
+    """A token loss of the user's, registered with the kernels, is a loss by name here, its settings checked."""
+
+    def scaled(logp: torch.Tensor, inputs: Any, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = inputs["weights"] * config["factor"]
+        return -weight * logp, -weight
+
+    register_token_loss(TokenLoss("scaled", scaled, ("weights",), {"factor": 2.0}))
+    try:
+        data = data_of(LENGTHS)
+        for name, loss in (("a", "scaled"), ("b", "cross_entropy")):
+            assert bench.one(train(name, data, loss)).metrics["loss:sum"] != 0
+        with pytest.raises(InvalidRequestError, match="no such setting"):
+            bench.one(train("a", data, "scaled", {"other": 1.0}))
+        again = bench.one(train("a", data, "scaled", {"factor": -2.0}))
+    finally:
+        unregister_token_loss("scaled")
+    assert again.loss_fn_outputs
+    assert not any(bool(grad.abs().max() > 1e-5) for grad in bench.gradient("a").values())

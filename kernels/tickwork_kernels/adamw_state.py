@@ -38,7 +38,7 @@ class AdamWSettings:
     grad_multiplier: float = 1.0
 
     def __post_init__(self) -> None:
-        self._demand("step", self.step >= 1, "1 or more")
+        self._demand("step", isinstance(self.step, int) and self.step >= 1, "an integer, 1 or more")
         for name in ("learning_rate", "eps", "weight_decay"):
             self._demand(name, 0 <= getattr(self, name) < math.inf, "finite and not negative")
         for name in ("beta1", "beta2"):
@@ -139,6 +139,8 @@ class AdamWArena:
         dtype: torch.dtype = torch.float32,
         exact: str | None = None,
     ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
         if exact not in (("master", "remainder") if dtype == torch.bfloat16 else (None,)):
             raise ValueError(f"exact must be 'master' or 'remainder' for bfloat16, None for float32, not {exact!r}")
         if any(size < 0 for size in sizes):

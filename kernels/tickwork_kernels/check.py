@@ -14,6 +14,8 @@ from importlib import import_module
 
 import torch
 
+from tickwork_kernels.registry import RefusedError
+
 Check = Callable[[str, torch.device], str | None]
 QUICK = 6
 OPERATIONS = ("head", "losses", "adamw", "multi_lora")
@@ -21,13 +23,22 @@ OPERATIONS = ("head", "losses", "adamw", "multi_lora")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the suite, print a line for each check that fails or is refused, and return the number of failures."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    for plugin in options.plugin:
+        try:
+            import_module(plugin)
+        except ModuleNotFoundError as error:
+            parser.error(f"--plugin {plugin}: {error}")
+    known = [name for operation in options.only or OPERATIONS for name in _names(operation)]
+    if unknown := set(options.impl) - set(known):
+        parser.error(f"--impl {', '.join(sorted(unknown))}: there is none; known: {', '.join(dict.fromkeys(known))}")
     if device.type == "cpu":
         # Read when kernels are first imported, below.
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    for plugin in options.plugin:
-        import_module(plugin)
     failures = passed = without = 0
     for operation in options.only or OPERATIONS:
         for implementation, suite in _suite(operation, options.impl):
@@ -63,7 +74,7 @@ def run(check: Check, implementation: str, device: torch.device) -> str | None:
     """Run one check; return ``FAILED`` and why, why it does not apply, or None."""
     try:
         return check(implementation, device)
-    except NotImplementedError as refusal:
+    except RefusedError as refusal:
         return str(refusal)
     except Exception as error:  # whatever an implementation raises is its failure, not the suite's end
         return f"FAILED: {type(error).__name__}: {error}"
@@ -90,7 +101,7 @@ def _names(operation: str) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tickwork_kernels.check", description=__doc__)
-    parser.add_argument("--device", default="cpu", help="cpu (Triton interpreted) or cuda")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu (Triton interpreted) or cuda")
     parser.add_argument("--only", action="append", choices=OPERATIONS, help="an operation; may be repeated")
     parser.add_argument("--impl", action="append", default=[], help="an implementation or loss; may be repeated")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} checks of each: for slow tools, as sanitizers")

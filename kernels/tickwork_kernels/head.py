@@ -215,7 +215,7 @@ class HeadKernel:
 
     def forward(self, rows: Rows, loss: BoundLoss | None) -> Chunk:
         """Return logprobs, lse and what was wanted besides; may evaluate ``loss`` too, in the same launch."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def bulk(self, rows: Rows, chunk: Chunk, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
         """Return the gradient of the untempered logits but for the targets' columns, which are 0.
@@ -227,7 +227,7 @@ class HeadKernel:
         Returns:
             ``[n, V]``, in ``head.dtype`` or in the weight's dtype. May consume ``chunk.kept``.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no bulk")
 
     def select(self, chunk: Chunk, index: torch.Tensor) -> Chunk | None:
         """Return the part of a chunk that belongs to some rows; None where all rows must go through the backward."""

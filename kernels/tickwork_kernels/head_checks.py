@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from tickwork_kernels.head import Adapters, Head, Needs, Rows, as_segments
+from tickwork_kernels.head import Adapters, Head, Lora, Needs, Rows, as_segments
+from tickwork_kernels.multi_lora import LoraSegment
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 IGNORE = -100
@@ -34,6 +36,17 @@ class HeadOptions:
     lora: Adapters = None
     ignore_index: int = IGNORE
     check: bool | None = None
+
+    def __post_init__(self) -> None:
+        # Read more than once: an iterator would be empty the second time.
+        if isinstance(self.lora, LoraSegment):
+            object.__setattr__(self, "lora", (self.lora,))
+        elif self.lora is not None and not isinstance(self.lora, Lora):
+            object.__setattr__(self, "lora", tuple(self.lora))
+            for number, each in enumerate(self.lora):
+                if not isinstance(each, LoraSegment):
+                    kind = type(each).__name__
+                    raise ValueError(f"lora[{number}] must be a LoraSegment, not {kind}; one Lora serves all tokens")
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,7 @@ def prepare(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value; names it.
     """
+    _check_numbers(options)
     _check_tensors(hidden, weight, targets, options)
     wide = targets if targets.dim() == 2 else targets[:, None]
     segments = [each for each in as_segments(options.lora, len(hidden)) if each.a is not None]
@@ -105,15 +119,31 @@ def _temperature(value: float | torch.Tensor, hidden: torch.Tensor, head: Head) 
                 f"temperature must be a number or [N] = [{len(hidden)}] on {hidden.device}, not {list(value.shape)} "
                 f"on {value.device}"
             )
-        if hidden.device.type == "cpu" and not bool((value > 0).all()):
-            raise ValueError(f"temperature must be above 0 everywhere, not {float(value.min())}")
+        if hidden.device.type == "cpu" and not bool(((value > 1e-30) & value.isfinite()).all()):
+            raise ValueError("temperature must be finite and above 0 everywhere")
         return value.to(head.dtype).expand(len(hidden))
-    if not value > 0:
-        raise ValueError(f"temperature must be above 0, not {value}")
+    if not isinstance(value, int | float) or not 1e-30 < value < math.inf:
+        raise ValueError(f"temperature must be a finite number above 0, or a tensor of such, not {value!r}")
     return None if value == 1 else torch.full((len(hidden),), value, dtype=head.dtype, device=hidden.device)
 
 
+def _check_numbers(options: HeadOptions) -> None:
+    for name in ("multiplier", "softcap"):
+        value = getattr(options, name)
+        if isinstance(value, torch.Tensor):
+            raise NotImplementedError(f"{name}: must be a number; a tensor's gradient is not computed")
+        if not (isinstance(value, int | float) and math.isfinite(value)) and not (name == "softcap" and value is None):
+            raise ValueError(f"{name} must be a finite number, not {value!r}")
+    if options.softcap is not None and not options.softcap > 0:
+        raise ValueError(f"softcap must be above 0 or None, not {options.softcap}")
+
+
 def _check_tensors(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, options: HeadOptions) -> None:
+    for name, given in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        if not isinstance(given, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, not {type(given).__name__}")
+    if hidden.is_meta:
+        raise ValueError("hidden is on meta, which holds no numbers to compute with")
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be [N, D], not {list(hidden.shape)}; flatten batch and sequence")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or len(weight) == 0:
@@ -129,8 +159,8 @@ def _check_tensors(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
         raise ValueError(f"targets must be int64, not {targets.dtype}")
     if options.bias is not None and options.bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [V] = [{len(weight)}], not {list(options.bias.shape)}")
-    if options.softcap is not None and not options.softcap > 0:
-        raise ValueError(f"softcap must be above 0 or None, not {options.softcap}")
+    if options.bias is not None and not options.bias.is_floating_point():
+        raise ValueError(f"bias must be floats, not {options.bias.dtype}")
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", options.bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; move one to the other's")
@@ -140,6 +170,10 @@ def _check_tensors(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
 def _check_adapters(hidden: torch.Tensor, weight: torch.Tensor, lora: Adapters) -> None:
     end = 0
     for number, each in enumerate(as_segments(lora, len(hidden))):
+        if not isinstance(each.start, int) or not isinstance(each.stop, int):
+            raise ValueError(f"lora[{number}].start and stop must be ints, not {each.start!r} and {each.stop!r}")
+        if isinstance(each.scale, torch.Tensor):
+            raise NotImplementedError(f"lora[{number}].scale: must be a number; a tensor's gradient is not computed")
         if not end <= each.start <= each.stop <= len(hidden):
             raise ValueError(
                 f"lora[{number}] covers tokens {each.start} to {each.stop}: segments must be in order, without overlap "

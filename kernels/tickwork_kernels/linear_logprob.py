@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tickwork_kernels.head import Adapters, HeadCase, HeadKernel, Needs, as_segments
 from tickwork_kernels.head_checks import IGNORE, Call, HeadOptions, prepare
@@ -13,6 +12,7 @@ from tickwork_kernels.head_held import CACHE_BYTES, HeldLogprobs, Memory
 from tickwork_kernels.head_sweep import HeadGradients, Upstream
 from tickwork_kernels.heads import choose_head
 from tickwork_kernels.registry import Choice
+from tickwork_kernels.support import refuse_second_derivatives
 
 Entropy = Literal[False, True, "detached"]
 
@@ -120,7 +120,7 @@ def needs_of(hidden: torch.Tensor, weight: torch.Tensor, options: HeadOptions, e
         return Needs(hidden=False)
 
     def wants(tensor: torch.Tensor | None) -> bool:
-        return tensor is not None and tensor.requires_grad
+        return isinstance(tensor, torch.Tensor) and tensor.requires_grad
 
     segments = as_segments(options.lora, 0)
     adapters = any(wants(each.a) or wants(each.b) for each in segments)
@@ -147,7 +147,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, call: Call, kernel: HeadKernel, mode: Memory, cache_bytes: int, *tensors: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, ...]:
         with call.own_dtypes():
             held = HeldLogprobs(kernel, call.rows, mode, cache_bytes)
         ctx.call, ctx.held = call, held
@@ -157,13 +157,16 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         logprobs = held.logprobs if call.ignored is None else held.logprobs.masked_fill(call.ignored, 0.0)
         entropy = None if held.entropy is None else call.spread(held.entropy)
-        if entropy is not None and not call.rows.needs.entropy:
-            ctx.mark_non_differentiable(entropy)
-        return call.spread(logprobs), call.spread(held.lse), entropy
+        # Copies: a caller may write in place into what it was given, and backward reads what was held.
+        copies = (None if part is None else part.clone() for part in (call.spread(logprobs), entropy))
+        given, spread = copies
+        if spread is not None and not call.rows.needs.entropy:
+            ctx.mark_non_differentiable(spread)
+        return given, call.spread(held.lse).clone(), spread
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[Any, ...]:
+        refuse_second_derivatives()
         call: Call = ctx.call
         _ = ctx.saved_tensors
         logprobs, lse, entropy = (None if part is None else call.gather(part) for part in upstream)

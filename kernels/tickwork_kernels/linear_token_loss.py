@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tickwork_kernels.head import Adapters, HeadKernel
 from tickwork_kernels.head_checks import IGNORE, Call, HeadOptions, prepare
 from tickwork_kernels.head_sweep import evaluate
 from tickwork_kernels.heads import choose_both
 from tickwork_kernels.linear_logprob import needs_of, spread_gradients
+from tickwork_kernels.support import refuse_second_derivatives
 from tickwork_kernels.token_losses import BoundLoss, Inputs, TokenLoss, bind
 
 
@@ -119,8 +119,8 @@ class _LinearTokenLoss(torch.autograd.Function):
         return whole.losses.sum(), *outputs, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor, *_: torch.Tensor | None) -> tuple[Any, ...]:
+        refuse_second_derivatives()
         grads = spread_gradients(ctx.call, ctx.gradients)
         return (None,) * 3 + tuple(
             None if grad is None else (grad * upstream).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)

@@ -83,7 +83,11 @@ def multi_lora(
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
-    return explain_multi_lora(x, y, segments, impl).implementation.run(x, y, segments)
+    implementation = explain_multi_lora(x, y, segments, impl).implementation
+    if not torch.is_autocast_enabled(x.device.type):
+        return implementation.run(x, y, segments)
+    with torch.autocast(x.device.type, enabled=False):  # it would change dtypes here and there
+        return implementation.run(x, y, segments)
 
 
 def explain_multi_lora(

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tickwork_kernels import support
 from tickwork_kernels.multi_lora import LoraSegment
@@ -59,9 +58,9 @@ class _MultiLora(torch.autograd.Function):
         return plan.up(low, y, y.shape[1], transposed=True)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Compute the gradients that are asked for, those of adapters into their buffers where given."""
+        support.refuse_second_derivatives()
         plan, needs, wide = ctx.plan, ctx.needs_input_grad, grad.contiguous()
         x, low, *weights = ctx.saved_tensors
         dx, grads = None, [None] * len(weights)

@@ -44,6 +44,16 @@ def _why_no_interpreter() -> str | None:
     return None
 
 
+def refuse_second_derivatives() -> None:
+    """Raise in a backward that is itself to be differentiated: its result would silently lack that part.
+
+    Raises:
+        NotImplementedError: always, under ``create_graph=True``.
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError("create_graph: second derivatives are not supported; call without create_graph=True")
+
+
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Make a device the current one: Triton launches there, wherever the tensors lie."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
+from threading import RLock
 from typing import Any
 
 import torch
@@ -49,6 +50,14 @@ class TokenLoss:
     twin: Any = None
     zero_when: str | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name must be a string, not {self.name!r}")
+        if isinstance(self.inputs, str) or not all(isinstance(each, str) for each in self.inputs):
+            raise ValueError(f"inputs must be a tuple of names, not {self.inputs!r}")
+        if self.zero_when is not None and self.zero_when not in self.inputs:
+            raise ValueError(f"zero_when={self.zero_when!r} is not among the inputs {self.inputs} of {self.name!r}")
+
     def jit(self) -> Any:
         """Return the ``triton.jit`` twin, imported if need be; None without one."""
         if isinstance(self.twin, str):
@@ -74,7 +83,17 @@ class BoundLoss:
 
     def evaluate(self, logp: torch.Tensor) -> Pair:
         """Return ``(loss, d loss / d logp)``."""
-        return self.loss.evaluate(logp, self.inputs, self.config)
+        found = self.loss.evaluate(logp.clone(), self.inputs, self.config)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise ValueError(
+                f"token loss {self.loss.name!r} must return (loss, derivative), not {type(found).__name__}"
+            )
+        for what, value in zip(("loss", "derivative"), found, strict=True):
+            if not isinstance(value, torch.Tensor) or value.shape != logp.shape or value.dtype != logp.dtype:
+                shape = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+                wanted = f"{logp.dtype} {list(logp.shape)}"
+                raise ValueError(f"token loss {self.loss.name!r}: its {what} must be {wanted}, as logp, not {shape}")
+        return found
 
     def mask(self, values: torch.Tensor) -> torch.Tensor:
         """Return ``[N, K]`` values with 0 where tokens are ignored."""
@@ -141,18 +160,19 @@ _TWINS = "tickwork_kernels.token_losses_triton:"
 _RATIO = ("logprobs", "advantages")
 _LOSSES: dict[str, TokenLoss] = {}
 _scanned: list[bool] = []
+_lock = RLock()
 
 
 def register_token_loss(loss: TokenLoss) -> TokenLoss:
     """Make a loss known by its name, to ``linear_token_loss``, to the conformance suite and to the bench.
 
     Raises:
-        ValueError: the name is taken, or ``zero_when`` is not one of its inputs.
+        ValueError: the name is taken, or it is no ``TokenLoss``.
     """
+    if not isinstance(loss, TokenLoss):
+        raise ValueError(f"loss must be a TokenLoss, not {type(loss).__name__}")
     if loss.name in _LOSSES:
         raise ValueError(f"token loss {loss.name!r} exists already; take another name")
-    if loss.zero_when is not None and loss.zero_when not in loss.inputs:
-        raise ValueError(f"zero_when={loss.zero_when!r} is not among the inputs {loss.inputs} of {loss.name!r}")
     _LOSSES[loss.name] = loss
     return loss
 
@@ -164,11 +184,12 @@ def unregister_token_loss(name: str) -> None:
 
 def token_losses() -> Mapping[str, TokenLoss]:
     """Return every known loss by name, those of installed packages (entry points) included."""
-    if not _scanned:
-        found = [entry.load() for entry in entry_points(group=GROUP)]
-        _scanned.append(True)
-        for each in found:
-            register_token_loss(each)
+    with _lock:
+        if not _scanned:
+            found = [entry.load() for entry in entry_points(group=GROUP)]
+            _scanned.append(True)
+            for each in found:
+                register_token_loss(each)
     return _LOSSES
 
 

@@ -11,6 +11,7 @@ from tickwork_kernels.head import Head, HeadCase, Lora, Needs, Rows, as_segments
 from tickwork_kernels.head_held import HeldLogprobs, Memory
 from tickwork_kernels.head_sweep import HeadGradients, Upstream, evaluate
 from tickwork_kernels.heads import choose_both
+from tickwork_kernels.registry import RefusedError
 
 EPSILON = 2.0**-24
 
@@ -191,7 +192,7 @@ def runs(impl: str, case: Case) -> str | None:
     """Return why an implementation refuses a case; None if it runs it."""
     try:
         choose_both(case.rows, None, impl)
-    except NotImplementedError as refusal:
+    except RefusedError as refusal:
         return str(refusal)
     assert HeadCase(case.rows)
     return None

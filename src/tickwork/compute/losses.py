@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 import tickwork_kernels as kernels
-from tickwork.compute.failure import first_line
+from tickwork.compute.failure import first_line, out_of_memory
 from tickwork.convert import is_finite
 from tickwork.errors import InvalidRequestError, LossError
 from tickwork.requests import CustomLoss, ForwardBackward
 from tickwork.tensors import TensorDtype
 from tickwork.types import Datum
+from tickwork_kernels.token_losses import Config, Inputs, Pair
 
 # Every elementwise loss that the kernels know: the built-in ones and those a user has registered.
 TOKEN_LOSSES: Mapping[str, kernels.TokenLoss] = kernels.token_losses()
@@ -61,6 +63,20 @@ def token_loss(name: str) -> kernels.TokenLoss:
         return TOKEN_LOSSES[name]
     reason = REFUSED.get(name, "unknown") if isinstance(name, str) else "neither a name nor a callable"
     raise InvalidRequestError(f"{name!r}: {reason}. Losses: {', '.join(TOKEN_LOSSES)}", field="loss_fn")
+
+
+def guarded(loss: kernels.TokenLoss) -> kernels.TokenLoss:
+    """Return a loss whose errors are its request's alone; a registered one is a user's code."""
+
+    def evaluate(logp: torch.Tensor, inputs: Inputs, config: Config) -> Pair:
+        try:
+            return kernels.BoundLoss(loss, inputs, config).evaluate(logp)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise LossError(f"the loss {loss.name!r} raised {type(error).__name__}: {first_line(error)}") from error
+
+    return replace(loss, evaluate=evaluate)
 
 
 def settings(payload: ForwardBackward) -> dict[str, float]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tickwork.compute.failure import out_of_memory
-from tickwork.compute.losses import call_custom, settings, token_loss
+from tickwork.compute.losses import call_custom, guarded, settings, token_loss
 from tickwork.compute.model import BaseModel
 from tickwork.compute.optimizer import Trainable
 from tickwork.compute.rows import Row, pack
@@ -198,7 +198,7 @@ def _built_in(part: _Part, hidden: torch.Tensor) -> HeadGradients | None:
     data = payload.data[part.piece.start : part.piece.stop]
     names = token_loss(payload.loss_fn).inputs
     inputs = {key: part.lay_out([datum.loss_fn_inputs[key].to_numpy() for datum in data]) for key in names}
-    loss = bind(payload.loss_fn, inputs, settings(payload))
+    loss = bind(guarded(token_loss(payload.loss_fn)), inputs, settings(payload))
     head, lora = progress.base.head, progress.model.adapter.head
     gradients = None
     if payload.backward:
