@@ -18,7 +18,7 @@ demo-rl: $(VENV)/.installed
 
 test: lint
 	$(VENV)/bin/python -m pytest
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/interpreter
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/interpreter
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check

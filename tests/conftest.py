@@ -14,6 +14,9 @@ from hypothesis import settings
 settings.register_profile("tickwork", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("tickwork")
 
+# Triton's interpreter is switched on before the first kernel is imported: its tests have a process of their own.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+
 # Seconds after which a wait that should have ended is a failure. Never spent by a test that passes.
 GUARD = 60.0
 
