@@ -36,7 +36,12 @@ MAY = {
     "store.py": {"catalogue", "compute", "errors", "files", "results"},
     "clients": {
         *("clients", "engine", "executor", "errors", "futures", "catalogue"),
-        *("convert", "models", "requests", "results", "types"),
+        *("build", "convert", "models", "requests", "results", "types"),
+    },
+    "build.py": {"catalogue", "convert", "engine", "errors", "requests", "results", "types"},
+    "server": {
+        *("build", "catalogue", "clients", "convert", "engine", "errors", "files", "futures"),
+        *("models", "requests", "results", "server", "tensors", "types"),
     },
     "testing.py": {"engine", "errors", "executor", "futures"},
 }

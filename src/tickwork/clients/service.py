@@ -8,22 +8,22 @@ from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
-import attrs
 import trio
 
+from tickwork import build
 from tickwork.catalogue import Catalogue
 from tickwork.clients.host import Host, make_engine
 from tickwork.clients.rest import RestClient
 from tickwork.clients.sampling import SamplingClient
-from tickwork.clients.training import TrainingClient, open_sampler, sampler_request
-from tickwork.convert import as_integer, as_metadata
+from tickwork.clients.training import TrainingClient, open_sampler
+from tickwork.convert import as_metadata
 from tickwork.engine.engine import EngineStatistics
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError
 from tickwork.futures import Future
 from tickwork.models import supported
 from tickwork.requests import CreateModel
-from tickwork.results import GetServerCapabilitiesResponse, ParsedCheckpointTinkerPath
+from tickwork.results import GetServerCapabilitiesResponse
 from tickwork.types import AdamOptimizerConfig, LoraConfig
 
 DTypeName = Literal["float32", "bfloat16"]
@@ -149,7 +149,7 @@ class ServiceClient:
 
     def create_sampling_client(self, model_path: str | None = None, base_model: str | None = None) -> SamplingClient:
         """Return a client that samples from a checkpoint, or from a bare base model."""
-        sampler_request("", model_path, base_model)  # a call with neither is wrong at once
+        build.open_sampler("", model_path, base_model)  # a call with neither is wrong at once
         return open_sampler(self.host, model_path, base_model)
 
     async def create_sampling_client_async(
@@ -211,22 +211,13 @@ class ServiceClient:
     ) -> TrainingClient:
         model_id = self.host.next_id("train")
 
-        def build() -> Request:
-            if getattr(optimizer, "type", "adamw") != "adamw":
-                raise InvalidRequestError("only 'adamw' is offered", field="optimizer.type")
-            if path is not None:
-                ParsedCheckpointTinkerPath.from_tinker_path(path)
+        def ask() -> Request:
             metadata = {**self.host.user_metadata, **as_metadata(user_metadata)}
-            shape = None if lora is None else checked(lora)
-            return Request("step", model_id, CreateModel(model_id, base_model, shape, path, with_optimizer, metadata))
+            return build.create_model(
+                CreateModel(model_id, base_model, lora, path, with_optimizer, metadata), optimizer
+            )
 
-        return TrainingClient(self.host, model_id, self.host.submit(build))
-
-
-def checked(lora: LoraConfig) -> LoraConfig:
-    """Return an adapter's shape with plain integers for rank and seed."""
-    seed = None if lora.seed is None else as_integer(lora.seed, "seed")
-    return attrs.evolve(lora, rank=as_integer(lora.rank, "rank"), seed=seed)
+        return TrainingClient(self.host, model_id, self.host.submit(ask))
 
 
 def _no_token(weights_access_token: None) -> None:

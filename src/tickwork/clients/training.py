@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from tickwork.catalogue import check_name, expiry
+from tickwork import build
 from tickwork.clients.host import Host
 from tickwork.clients.ready import Ready
 from tickwork.clients.sampling import SamplingClient
-from tickwork.convert import as_adam_params, as_config, as_data, as_metadata
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError
 from tickwork.futures import Future
 from tickwork.models import load_tokenizer
-from tickwork.requests import CheckpointKind, CustomLoss, ForwardBackward, Load, OpenSampler, OptimStep, Save
+from tickwork.requests import CheckpointKind, CustomLoss, OpenSampler, Save
 from tickwork.results import (
     ForwardBackwardOutput,
     GetInfoResponse,
     LoadWeightsResponse,
     OptimStepResponse,
-    ParsedCheckpointTinkerPath,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
 )
@@ -208,52 +206,33 @@ class TrainingClient(Ready):
     def _pass(
         self, data: Sequence[Datum], loss_fn: str | CustomLoss, config: Mapping[str, float] | None, backward: bool
     ) -> Request:
-        given = tuple(data) if isinstance(data, Iterable) and not isinstance(data, str | bytes | dict) else data
-        datums = as_data(given)
-        payload = ForwardBackward(self.model_id, datums, loss_fn, as_config(config), backward, given)
-        rows = tuple(datum.model_input.length for datum in datums)
-        return Request("pass", self.model_id, payload, rows, whole=callable(loss_fn), tokens=sum(rows))
-
-    def _step(self, payload: Any) -> Request:
-        return Request("step", self.model_id, payload)
+        return build.forward_backward(self.model_id, data, loss_fn, config, backward)
 
     def _optim(self, params: AdamParams) -> Request:
-        return self._step(OptimStep(self.model_id, as_adam_params(params)))
+        return build.optim_step(self.model_id, params)
 
     def _save(
         self, kind: CheckpointKind, name: str, ttl_seconds: int | None, overwrite: bool, user_metadata: Metadata
     ) -> Request:
-        expiry(ttl_seconds)
-        metadata = as_metadata(user_metadata)
-        return self._step(Save(self.model_id, kind, check_name(name), ttl_seconds, bool(overwrite), metadata))
+        return build.save(Save(self.model_id, kind, name, ttl_seconds, overwrite, user_metadata))
 
     def _load(self, path: str, with_optimizer: bool, weights_access_token: None) -> Request:
         if weights_access_token is not None:
             raise InvalidRequestError("in process there are no access tokens", field="weights_access_token")
-        ParsedCheckpointTinkerPath.from_tinker_path(path)
-        return self._step(Load(self.model_id, path, with_optimizer))
+        return build.load(self.model_id, path, with_optimizer)
 
     def _snapshot(self, key: str, name: str | None, kind: str) -> Request:
         if name is not None:
             raise InvalidRequestError("a snapshot has no name: use save_weights_for_sampler", field="name")
         if kind != "snapshot":
             raise InvalidRequestError(f"{kind!r} is not offered, only 'snapshot'", field="kind")
-        return self._step(OpenSampler(key, model_id=self.model_id))
+        return Request("step", self.model_id, OpenSampler(key, model_id=self.model_id))
 
 
 def open_sampler(host: Host, path: str | None, base_model: str | None) -> SamplingClient:
     """Return a sampling client of a checkpoint or of a bare base model."""
     key = host.next_id("sample")
-    return SamplingClient(host, key, key, host.submit(partial(sampler_request, key, path, base_model)), base_model)
-
-
-def sampler_request(key: str, path: str | None, base_model: str | None) -> Request:
-    """Build the request that makes weights ready for sampling."""
-    if path is None and base_model is None:
-        raise InvalidRequestError("model_path or base_model is needed", field="model_path")
-    if path is not None:
-        ParsedCheckpointTinkerPath.from_tinker_path(path)
-    return Request("step", key, OpenSampler(key, base_model, path))
+    return SamplingClient(host, key, key, host.submit(partial(build.open_sampler, key, path, base_model)), base_model)
 
 
 def _one(optim_params: AdamParams | None, adam_params: AdamParams | None) -> AdamParams:

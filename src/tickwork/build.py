@@ -1,0 +1,96 @@
+"""Requests from their arguments, checked as far as that needs no model: for the clients and for the server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+
+from tickwork.catalogue import check_name, expiry
+from tickwork.convert import as_adam_params, as_config, as_data, as_integer, as_metadata
+from tickwork.engine.request import Request
+from tickwork.errors import InvalidRequestError
+from tickwork.requests import CreateModel, ForwardBackward, Load, OpenSampler, OptimStep, Save
+from tickwork.results import ParsedCheckpointTinkerPath
+from tickwork.types import LoraConfig
+
+
+def forward_backward(model_id: str, data: Any, loss_fn: Any, config: Any, backward: bool) -> Request:
+    """Build a pass over datums.
+
+    Raises:
+        InvalidRequestError: naming the datum and the field.
+    """
+    given = tuple(data) if isinstance(data, Iterable) and not isinstance(data, str | bytes | dict) else data
+    datums = as_data(given)
+    payload = ForwardBackward(model_id, datums, loss_fn, as_config(config), backward, given)
+    rows = tuple(datum.model_input.length for datum in datums)
+    return Request("pass", model_id, payload, rows, whole=callable(loss_fn), tokens=sum(rows))
+
+
+def create_model(ask: CreateModel, optimizer: Any = None) -> Request:
+    """Build the making of a training model.
+
+    Args:
+        optimizer: the configuration of the SDK, ``adamw`` or None.
+
+    Raises:
+        InvalidRequestError: naming the field.
+    """
+    if getattr(optimizer, "type", "adamw") != "adamw":
+        raise InvalidRequestError("only 'adamw' is offered", field="optimizer.type")
+    if ask.path is not None:
+        ParsedCheckpointTinkerPath.from_tinker_path(ask.path)
+    metadata = as_metadata(ask.user_metadata)
+    shape = None if ask.lora is None else _checked(ask.lora)
+    return Request("step", ask.model_id, attrs.evolve(ask, lora=shape, user_metadata=metadata))
+
+
+def optim_step(model_id: str, params: Any) -> Request:
+    """Build an optimizer step.
+
+    Raises:
+        InvalidRequestError: naming the parameter.
+    """
+    return Request("step", model_id, OptimStep(model_id, as_adam_params(params)))
+
+
+def save(ask: Save) -> Request:
+    """Build the saving of a checkpoint.
+
+    Raises:
+        InvalidRequestError: a name, time to live or metadata that is not allowed.
+    """
+    expiry(ask.ttl_seconds)
+    check_name(ask.name)
+    metadata = as_metadata(ask.user_metadata)
+    return Request("step", ask.model_id, attrs.evolve(ask, overwrite=bool(ask.overwrite), user_metadata=metadata))
+
+
+def load(model_id: str, path: str, with_optimizer: bool) -> Request:
+    """Build the loading of a checkpoint into a living model.
+
+    Raises:
+        InvalidRequestError: not a checkpoint path.
+    """
+    ParsedCheckpointTinkerPath.from_tinker_path(path)
+    return Request("step", model_id, Load(model_id, path, with_optimizer))
+
+
+def open_sampler(key: str, path: str | None, base_model: str | None) -> Request:
+    """Build what makes a checkpoint's or a base model's weights ready for sampling.
+
+    Raises:
+        InvalidRequestError: neither is given, or not a checkpoint path.
+    """
+    if path is None and base_model is None:
+        raise InvalidRequestError("model_path or base_model is needed", field="model_path")
+    if path is not None:
+        ParsedCheckpointTinkerPath.from_tinker_path(path)
+    return Request("step", key, OpenSampler(key, base_model, path))
+
+
+def _checked(lora: LoraConfig) -> LoraConfig:
+    seed = None if lora.seed is None else as_integer(lora.seed, "seed")
+    return attrs.evolve(lora, rank=as_integer(lora.rank, "rank"), seed=seed)
