@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
@@ -94,3 +94,12 @@ def _run_trio(script: Awaitable[Any]) -> Any:
             return await script
 
     return trio.run(main)
+
+
+@pytest.fixture(scope="session")
+def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Serve the shipped model for as long as the tests run, to whoever comes."""
+    from tickwork.server import Settings, serving
+
+    with serving(Settings(models=("tickwork/tiny",), store=tmp_path_factory.mktemp("store"), port=0)) as url:
+        yield url

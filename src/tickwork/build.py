@@ -38,8 +38,9 @@ def create_model(ask: CreateModel, optimizer: Any = None) -> Request:
     Raises:
         InvalidRequestError: naming the field.
     """
-    if getattr(optimizer, "type", "adamw") != "adamw":
-        raise InvalidRequestError("only 'adamw' is offered", field="optimizer.type")
+    kind = getattr(optimizer, "type", "adamw")
+    if kind != "adamw":
+        raise InvalidRequestError(f"{kind!r} is not offered: only 'adamw' is", field="optimizer.type")
     if ask.path is not None:
         ParsedCheckpointTinkerPath.from_tinker_path(ask.path)
     metadata = as_metadata(ask.user_metadata)

@@ -19,6 +19,7 @@ from rich.table import Table
 
 import tickwork
 from tickwork.catalogue import Catalogue
+from tickwork.cli_server import new_key, serve
 from tickwork.models import supported
 from tickwork.results import as_json
 
@@ -52,6 +53,10 @@ class Command(click.Group):
 @click.version_option(tickwork.__version__)
 def main() -> None:
     """Fine-tune language models through a Tinker-shaped API, on your own hardware."""
+
+
+main.add_command(serve)
+main.add_command(new_key)
 
 
 @main.group(invoke_without_command=True)

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import attrs
 
+from tickwork.tensors import TensorData
 from tickwork.types import AdamParams, Datum, LoraConfig, SamplingParams
 
 # (data, logprobs of each datum) -> (scalar loss, metrics)
 CustomLoss = Callable[[Sequence[Any], list[Any]], tuple[Any, Mapping[str, float]]]
-CheckpointKind = Literal["weights", "sampler_weights"]
+CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
 
 
 @attrs.frozen(eq=False)
@@ -23,6 +24,8 @@ class CreateModel:
         lora: None takes the checkpoint's.
         path: checkpoint to start from, or None.
         with_optimizer: also restore the optimizer's state.
+        owner: whose run it is; the empty one is that of clients in process.
+        session_id: the session that it belongs to, if any.
     """
 
     model_id: str
@@ -31,6 +34,8 @@ class CreateModel:
     path: str | None = None
     with_optimizer: bool = False
     user_metadata: Mapping[str, str] | None = None
+    owner: str = ""
+    session_id: str = ""
 
 
 @attrs.frozen(eq=False)
@@ -59,7 +64,11 @@ class OptimStep:
 
 @attrs.frozen(eq=False)
 class Save:
-    """Write a checkpoint to the store."""
+    """Write a checkpoint to the store.
+
+    Args:
+        recipients: age public keys that an external checkpoint is encrypted for; none leaves it plain.
+    """
 
     model_id: str
     kind: CheckpointKind
@@ -67,6 +76,7 @@ class Save:
     ttl_seconds: int | None = None
     overwrite: bool = False
     user_metadata: Mapping[str, str] | None = None
+    recipients: tuple[str, ...] = ()
 
 
 @attrs.frozen(eq=False)
@@ -86,12 +96,14 @@ class OpenSampler:
         base_model: the bare base model, where neither ``path`` nor ``model_id`` is given.
         path: a checkpoint of either kind.
         model_id: a training model, of which a snapshot is taken.
+        inflight: follow the training model instead: all such samplers share its weights as of the last such request.
     """
 
     key: str
     base_model: str | None = None
     path: str | None = None
     model_id: str | None = None
+    inflight: bool = False
 
 
 @attrs.frozen(eq=False)
@@ -112,6 +124,9 @@ class Sample:
         topk_prompt_logprobs: most likely tokens to return per scored prompt position.
         topk_sample_logprobs: most likely tokens to return per drawn token.
         prompt_logprobs_last_n: score only that many prompt tokens, from the end.
+        target_prompt_logprobs: int64 [len(prompt) - 1, K]; tokens to score at each prompt position after the first, -1
+            for none.
+        prompt_alt_tokens_k: tokens to draw at each prompt position after the first.
     """
 
     key: str
@@ -122,3 +137,40 @@ class Sample:
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
     prompt_logprobs_last_n: int | None = None
+    target_prompt_logprobs: TensorData | None = None
+    prompt_alt_tokens_k: int = 0
+
+
+@attrs.frozen(eq=False)
+class LossNode:
+    """One operation of a traced custom loss, in the encoding of the official SDK.
+
+    Args:
+        op: ``placeholder``, ``call_function``, ``call_method``, ``get_attr`` or ``output``.
+        name: how later nodes refer to it.
+        target: the parameter, function, method or attribute.
+        args: encoded arguments; ``{"ref": name}`` is another node's value.
+        kwargs: the same by name.
+    """
+
+    op: str
+    name: str
+    target: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+
+@attrs.frozen(eq=False)
+class LossGraph:
+    """A traced custom loss of one datum: its inputs ``(name, rank)`` and its operations in order."""
+
+    name: str
+    inputs: tuple[tuple[str, int], ...]
+    nodes: tuple[LossNode, ...]
+
+
+@attrs.frozen(eq=False)
+class MakeLoss:
+    """Make a ``CustomLoss`` from a graph."""
+
+    graph: LossGraph

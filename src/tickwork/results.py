@@ -102,6 +102,19 @@ class SampledSequence:
 
 
 @attrs.frozen
+class PromptAltTokens:
+    """Tokens drawn beside those of a prompt.
+
+    Args:
+        tokens: int64 [len(prompt) - 1, k].
+        logprobs: float32 of the same shape, each under the distribution it was drawn from.
+    """
+
+    tokens: TensorData
+    logprobs: TensorData
+
+
+@attrs.frozen
 class SampleResponse:
     """The sequences of one sampling request.
 
@@ -110,12 +123,16 @@ class SampleResponse:
         prompt_logprobs: one per prompt token under the plain distribution, None where not scored (always the first).
         topk_prompt_logprobs: per prompt token the most likely ``(id, logprob)``, None where not scored.
         prompt_cache_hit_tokens: prompt tokens that needed no computing; 0, since no cache outlives a request.
+        target_prompt_logprobs: float32 of the shape and layout asked for, 0.0 where nothing was.
+        prompt_alt_tokens: when asked for.
     """
 
     sequences: list[SampledSequence]
     prompt_logprobs: list[float | None] | None = None
     topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
     prompt_cache_hit_tokens: int = 0
+    target_prompt_logprobs: TensorData | None = None
+    prompt_alt_tokens: PromptAltTokens | None = None
 
 
 @attrs.frozen

@@ -12,12 +12,29 @@ from tickwork.results import SupportedModel
 
 SHIPPED = {"tickwork/tiny": Path(__file__).parent / "tiny"}
 
+# Names that a server gives to folders, for the life of the process.
+_named: dict[str, str] = {}
+
 
 def locate(name: str) -> str:
-    """Return the folder of a shipped model or an existing path; any other name is left to the hub."""
+    """Return the folder of a shipped or named model, or an existing path; any other name is left to the hub."""
     if not isinstance(name, str) or not name.strip():
         raise ModelLoadError(f"base_model {name!r} is not a name or a path")
-    return str(SHIPPED.get(name, name))
+    return _named.get(name) or str(SHIPPED.get(name, name))
+
+
+def give_name(name: str, source: str) -> None:
+    """Let ``name`` stand for a folder or another name, for the life of the process.
+
+    Raises:
+        ModelLoadError: it stands for something else already.
+    """
+    if name == source or locate(name) == source:
+        return
+    if name in SHIPPED or name in _named:
+        raise ModelLoadError(f"{name!r} stands for {locate(name)} already: choose another name")
+    _named[name] = source
+    load_tokenizer.cache_clear()
 
 
 @functools.lru_cache(maxsize=8)
@@ -41,8 +58,13 @@ def _first_line(error: BaseException) -> str:
 
 def supported() -> list[SupportedModel]:
     """Return the shipped base models."""
-    return [SupportedModel(name, _context(folder)) for name, folder in SHIPPED.items()]
+    return [SupportedModel(name, context_length(name)) for name in SHIPPED]
 
 
-def _context(folder: Path) -> int:
-    return int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
+def context_length(name: str) -> int | None:
+    """Return how many tokens a model takes; None where its folder does not tell."""
+    try:
+        config = json.loads((Path(locate(name)) / "config.json").read_text())
+        return int(config.get("max_position_embeddings") or config.get("n_positions"))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,121 @@
+"""``tickwork serve`` and what belongs to it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import trio
+
+if TYPE_CHECKING:
+    from tickwork.server import Settings
+
+KEYS_VARIABLE = "TICKWORK_API_KEYS"
+# Any key is taken by an open server, but the SDK insists on one of this form.
+ANY_KEY = "tml-local"
+
+MIB = 2**20
+
+
+@click.command()
+@click.option("--model", "models", multiple=True, required=True, metavar="NAME|PATH|NAME=PATH", help="A base model to serve; may be given again.")  # fmt: skip  # noqa: E501
+@click.option(
+    "--store",
+    envvar="TICKWORK_STORE",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=lambda: Path.home() / ".tickwork",
+    show_default="~/.tickwork",
+    help="Folder of the checkpoints.",
+)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; only loopback without keys."
+)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--keys", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=f"File with one API key a line, 'KEY OWNER'. {KEYS_VARIABLE} adds keys, separated by commas.")  # fmt: skip  # noqa: E501
+@click.option("--device", help="cpu, cuda or cuda:N; the default takes CUDA where there is one.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the base models.")
+@click.option("--cycle-period", default=0.0, show_default=True, help="Seconds that a window of arrivals stays open.")
+@click.option("--max-tokens-per-pass", type=click.IntRange(1), help="Tokens that go through the model at once.")
+@click.option("--max-models", default=64, show_default=True, help="Training models that one key may hold.")
+@click.option("--max-samplers", default=64, show_default=True, help="Samplers whose weights are held for one key.")
+@click.option(
+    "--max-tokens-in-flight", default=2**24, show_default=True, help="Tokens of one key that are not answered."
+)
+@click.option("--max-body-mib", default=64, show_default=True, type=click.IntRange(1), help="Size of one request.")
+@click.option("--max-decompressed-mib", default=256, show_default=True, type=click.IntRange(1), help="Size of one request, decompressed.")  # fmt: skip  # noqa: E501
+@click.option("--chunk-datums", default=100_000, show_default=True, help="Datums that clients put into one request.")
+@click.option("--gap-seconds", default=60.0, show_default=True, help="How long requests wait for an earlier one of their model.")  # fmt: skip  # noqa: E501
+@click.option(
+    "--session-seconds", default=3600.0, show_default=True, help="When a session without a sign of life ends."
+)
+def serve(max_body_mib: int, max_decompressed_mib: int, keys: Path | None, **given: Any) -> None:
+    """Serve base models to the official tinker SDK, its CLI and its cookbook."""
+    try:
+        from tickwork.server import Settings  # noqa: PLC0415  an extra
+        from tickwork.server.keys import read_keys  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is missing: pip install 'tickwork[server]'") from None
+    given |= {"max_body": max_body_mib * MIB, "max_decompressed": max_decompressed_mib * MIB}
+    settings = Settings(keys=read_keys(keys, os.environ.get(KEYS_VARIABLE)), **given)
+    if code := trio.run(_serve, settings):
+        raise SystemExit(code)
+
+
+@click.command("new-key")
+@click.argument("owner", default="")
+def new_key(owner: str) -> None:
+    """Make an API key for OWNER and print the line for a key file."""
+    click.echo(f"tml-{secrets.token_urlsafe(24)} {owner}".rstrip())
+
+
+async def _serve(settings: Settings) -> int:
+    """Serve until a signal, then drain; a second signal ends it at once. Return the exit status."""
+    asked = trio.Event()
+    signals_seen: list[int] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_watch, nursery.cancel_scope, asked, signals_seen)
+        await _run(settings, asked)
+        nursery.cancel_scope.cancel("the server has ended")
+    return 128 + signals_seen[1] if len(signals_seen) > 1 else 0
+
+
+async def _run(settings: Settings, asked: trio.Event) -> None:
+    from tickwork.server import run  # noqa: PLC0415
+
+    click.echo(f"loading {', '.join(settings.models)} …", err=True)
+    async with trio.open_nursery() as nursery:
+        _tell(settings, await nursery.start(run, settings, asked.wait))
+
+
+async def _watch(scope: trio.CancelScope, asked: trio.Event, seen: list[int]) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            seen.append(number)
+            if asked.is_set():
+                click.echo("ending at once", err=True)
+                scope.cancel("a second signal came")
+                return
+            click.echo("finishing what was accepted; a second signal ends it at once", err=True)
+            asked.set()
+
+
+def _tell(settings: Settings, url: str) -> None:
+    name = next(iter(settings.models))
+    key = ANY_KEY if settings.keys.open else "<one of your keys>"
+    open_door = "No API keys: everybody on this machine may come in, nobody else.\n" if settings.keys.open else ""
+    click.echo(
+        f"""Tickwork serves {", ".join(settings.models)} at {url}
+{open_door}
+export TINKER_BASE_URL={url}
+export TINKER_API_KEY={key}
+
+import tinker
+client = tinker.ServiceClient().create_lora_training_client("{name}", rank=16).result()
+sampler = client.save_weights_and_get_sampling_client().result()
+print(sampler.sample(tinker.ModelInput.from_ints([1, 2, 3]), 1, tinker.SamplingParams(max_tokens=8)).result())
+"""
+    )

@@ -1,0 +1,125 @@
+"""The ASGI application: every route, who may use it, and what an error looks like."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tickwork.server import routes_catalogue as catalogue
+from tickwork.server import routes_futures as futures
+from tickwork.server import routes_models as models
+from tickwork.server import routes_sampling as sampling
+from tickwork.server import routes_search as search
+from tickwork.server import routes_session as session
+from tickwork.server import routes_training as training
+from tickwork.server.answers import HttpError, refusal
+from tickwork.server.numbered import Act
+from tickwork.server.server import Server
+
+log = logging.getLogger("tickwork.server")
+
+CHECKPOINT = "training_runs/{run_id}/checkpoints/{kind}/{name}"
+
+ROUTES: tuple[tuple[str, str, Act], ...] = (
+    ("POST", "client/config", session.client_config),
+    ("POST", "client/dynamic_config", session.dynamic_config),
+    ("POST", "auth/token", session.no_token),
+    ("GET", "auth/apikey/me", session.who_am_i),
+    ("DELETE", "auth/apikey/me", session.revoke_key),
+    ("GET", "get_server_capabilities", session.capabilities),
+    ("POST", "create_session", session.create_session),
+    ("POST", "session_heartbeat", session.heartbeat),
+    ("POST", "sessions/search", search.search_sessions),
+    ("POST", "sessions/{session_id}/finish", session.finish_session),
+    ("GET", "sessions", session.list_sessions),
+    ("GET", "sessions/{session_id}", session.get_session),
+    ("PUT", "sessions/{session_id}/project", session.assign_project),
+    ("GET", "sessions/{session_id}/trace_export", session.trace_export),
+    ("POST", "telemetry", session.telemetry),
+    ("GET", "audit", session.audit),
+    ("GET", "billing/usage/events", session.billing),
+    ("GET", "billing/usage/checkpoints/current", session.storage),
+    ("POST", "create_model", models.create_model),
+    ("POST", "unload_model", models.unload_model),
+    ("POST", "get_info", models.get_info),
+    ("POST", "forward_backward", training.forward_backward),
+    ("POST", "forward", training.forward),
+    ("POST", "optim_step", training.optim_step),
+    ("POST", "save_weights", models.save_weights),
+    ("POST", "save_weights_external", models.save_weights_external),
+    ("POST", "save_weights_for_sampler", sampling.save_weights_for_sampler),
+    ("POST", "load_weights", models.load_weights),
+    ("POST", "create_custom_loss", training.create_custom_loss),
+    ("POST", "create_sampling_session", sampling.create_sampling_session),
+    ("POST", "join_sampling_session", sampling.join_sampling_session),
+    ("GET", "samplers/{sampler_id}", sampling.get_sampler),
+    ("POST", "asample", sampling.sample),
+    ("POST", "retrieve_future", futures.retrieve_future),
+    ("POST", "retrieve_futures", futures.retrieve_futures),
+    ("POST", "cancel_future", futures.cancel_future),
+    ("POST", "weights_info", catalogue.weights_info),
+    ("POST", "copy_weights", catalogue.copy_weights),
+    ("GET", "training_runs", catalogue.list_runs),
+    ("GET", "training_runs/{run_id}", catalogue.get_run),
+    ("GET", "training_runs/{run_id}/checkpoints", catalogue.list_checkpoints),
+    (
+        "GET",
+        "training_runs/{run_id}/checkpoints/external_weights/{name}/external_weights_urls",
+        catalogue.external_urls,
+    ),
+    ("GET", "checkpoints", catalogue.list_all_checkpoints),
+    ("DELETE", CHECKPOINT, catalogue.delete_checkpoint),
+    ("POST", f"{CHECKPOINT}/publish", catalogue.publish),
+    ("DELETE", f"{CHECKPOINT}/publish", catalogue.unpublish),
+    ("PUT", f"{CHECKPOINT}/ttl", catalogue.set_ttl),
+)
+
+
+def make_app(server: Server) -> Starlette:
+    """Return the application of a server."""
+    routes = [Route(f"/api/v1/{path}", _endpoint(server, act), methods=[method]) for method, path, act in ROUTES]
+    routes.append(Route("/api/v1/healthz", _open(server, session.healthz)))
+    download = "/api/v1/downloads/{until:int}/{signature}/{run_id}/{name}/{file}"
+    routes.append(Route(download, _open(server, catalogue.download)))
+    return Starlette(routes=routes, exception_handlers={HTTPException: _not_found})
+
+
+def _endpoint(server: Server, act: Act) -> Callable[[HttpRequest], Awaitable[Response]]:
+    async def endpoint(request: HttpRequest) -> Response:
+        owner = server.settings.keys.owner(request.headers.get("x-api-key"))
+        if owner is None:
+            return refusal(HttpError(401, "the API key is unknown: send one of this server's in X-API-Key"))
+        return await _answered(act(server, owner, request))
+
+    return endpoint
+
+
+def _open(
+    server: Server, act: Callable[[Server, HttpRequest], Awaitable[Response]]
+) -> Callable[[HttpRequest], Awaitable[Response]]:
+    async def endpoint(request: HttpRequest) -> Response:
+        return await _answered(act(server, request))
+
+    return endpoint
+
+
+async def _answered(answer: Awaitable[Response]) -> Response:
+    try:
+        return await answer
+    except Exception as error:
+        response = refusal(error)
+        if response.status_code == 500:
+            log.exception("a request failed")
+        return response
+
+
+async def _not_found(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = {404: f"there is no {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
+    return refusal(HttpError(error.status_code, what.get(error.status_code, error.detail), error.headers))

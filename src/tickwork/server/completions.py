@@ -1,0 +1,48 @@
+"""``Completions``: which of a sampler's requests are done, for clients that ask about all of them at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+
+import attrs
+import trio
+
+# One client among those that share a sampler: the SDK offsets the numbers of each by this.
+CLONE = 1_000_000_000
+
+
+@attrs.define(eq=False)
+class _Line:
+    """The completions of one client: ``(cursor, request id, failed)``, oldest first."""
+
+    last: int = 0
+    events: deque[tuple[int, str, bool]] = attrs.Factory(deque)
+    changed: trio.Event = attrs.Factory(trio.Event)
+
+
+class Completions:
+    """Numbered completions of each client of one sampler, kept until the client says that it knows them."""
+
+    def __init__(self) -> None:
+        self._lines: dict[int, _Line] = defaultdict(_Line)
+
+    def add(self, seq_id: int, request_id: str, *, failed: bool) -> None:
+        """Note that a request is done."""
+        line = self._lines[seq_id // CLONE]
+        line.last += 1
+        line.events.append((line.last, request_id, failed))
+        line.changed.set()
+        line.changed = trio.Event()
+
+    async def since(self, clone: int, cursor: int, seconds: float) -> tuple[list[tuple[str, bool]], int]:
+        """Return completions after ``cursor``, waiting for the first at most ``seconds``; and the new cursor.
+
+        Those up to ``cursor`` are forgotten.
+        """
+        line = self._lines[clone]
+        while line.events and line.events[0][0] <= cursor:
+            line.events.popleft()
+        if not line.events:
+            with trio.move_on_after(seconds):
+                await line.changed.wait()
+        return [(name, failed) for _, name, failed in line.events], max(cursor, line.last)

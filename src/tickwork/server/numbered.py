@@ -1,0 +1,86 @@
+"""Routes of requests that carry a number: each gets its place in its model's lane, whatever is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from tickwork.engine.request import Request
+from tickwork.errors import InvalidRequestError, TickworkError
+from tickwork.server import strict
+from tickwork.server.answers import reply
+from tickwork.server.body import json_of, off_loop, read
+from tickwork.server.lanes import Ask
+from tickwork.server.promises import Kind
+from tickwork.server.server import Server
+
+B = TypeVar("B", bound=strict.Body)
+Act = Callable[[Server, str, HttpRequest], Awaitable[Response]]
+
+
+def in_lane(kind: Kind, model: type[B]) -> Callable[[Callable[[Server, str, B], Awaitable[Response]]], Act]:
+    """Make a route from what answers a checked body.
+
+    A client has used a number up once it has sent it. So a body that is wrong is answered with a promise of its error
+    if its number can be read, and only otherwise with a 4xx.
+    """
+
+    def route_of(answer: Callable[[Server, str, B], Awaitable[Response]]) -> Act:
+        async def route(server: Server, owner: str, request: HttpRequest) -> Response:
+            raw = await read(request, server.settings)
+            value = await off_loop(len(raw), lambda: json_of(raw))
+            found = _checked(model, value)
+            if not isinstance(found, InvalidRequestError):
+                return await answer(server, owner, found)
+            where = _number(value)
+            if where is None:
+                raise found
+            return numbered(server, owner, *where, kind, lambda _: found)
+
+        return route
+
+    return route_of
+
+
+def numbered(
+    server: Server, owner: str, model_id: str, seq_id: int, kind: Kind, make: Callable[[str], Ask], weight: int = 0
+) -> Response:
+    """Put a request into its model's lane; what is wrong with it is told by its promise."""
+    lane = server.sessions.model(model_id, owner).lane
+    if not lane.seen(seq_id):
+        server.refuse_when_stopping()
+        lane.check_room(seq_id, weight, server.settings.max_tokens_in_flight)
+    request_id = lane.take(seq_id, kind, lambda: made(make, model_id))
+    return reply({"request_id": request_id, "model_id": model_id})
+
+
+def made(make: Callable[[str], Ask], model_id: str) -> Ask:
+    """Make a request, or what is wrong with it."""
+    try:
+        return make(model_id)
+    except TickworkError as error:
+        return error
+
+
+def weight_of(ask: Ask) -> int:
+    """Return the tokens of a request."""
+    return ask.tokens if isinstance(ask, Request) else 0
+
+
+def _checked(model: type[B], value: object) -> B | InvalidRequestError:
+    try:
+        return strict.parse(model, value)
+    except InvalidRequestError as error:
+        return error
+
+
+def _number(value: Any) -> tuple[str, int] | None:
+    if not isinstance(value, dict):
+        return None
+    model_id, seq_id = value.get("model_id"), value.get("seq_id")
+    if isinstance(model_id, str) and isinstance(seq_id, int) and not isinstance(seq_id, bool):
+        return model_id, seq_id
+    return None

@@ -1,0 +1,201 @@
+"""``Promise``: what a client was promised, until it has fetched it; and the table of all of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+import orjson
+import trio
+
+from tickwork.errors import EngineStoppedError, RequestErrorCategory, RequestFailedError
+from tickwork.futures import Future
+from tickwork.results import as_json
+
+log = logging.getLogger("tickwork.server")
+
+# A result's forms: JSON always, protobuf where the SDK wants it.
+Encode = Callable[[Any], bytes]
+
+
+@attrs.frozen(eq=False)
+class Kind:
+    """What a kind of request answers with.
+
+    Args:
+        name: for the log.
+        json: the result as JSON.
+        proto: the result as protobuf, or None where there is no such form.
+    """
+
+    name: str
+    json: Encode
+    proto: Encode | None = None
+
+
+def plain(name: str, shape: Callable[[Any], Any] = as_json) -> Kind:
+    """Make a kind that answers with a JSON object of ``type`` and what ``shape`` gives."""
+    return Kind(name, lambda value: orjson.dumps({"type": name, **shape(value)}))
+
+
+@attrs.define(eq=False)
+class Promise:
+    """One request between its acceptance and the fetching of its result.
+
+    Args:
+        owner: whose it is; nobody else may fetch it.
+        weight: tokens that count against its owner until it is settled.
+
+    Room: the engine's thread, which is also the server's.
+    """
+
+    request_id: str
+    owner: str
+    kind: Kind
+    weight: int = 0
+    settled: trio.Event = attrs.Factory(trio.Event)
+    value: Any = None
+    error: BaseException | None = None
+    future: Future[Any] | None = None
+    settled_at: float = 0.0
+    fetched_at: float | None = None
+    _calls: list[Callable[[Promise], None]] = attrs.Factory(list)
+    _forms: dict[bool, bytes] = attrs.Factory(dict)
+
+    def follow(self, future: Future[Any]) -> None:
+        """Settle when ``future`` does, which happens in this thread."""
+        self.future = future
+        future.add_done_callback(self._take)
+
+    def fail(self, error: BaseException) -> None:
+        """Settle with an error."""
+        self.error = error
+        self._settle()
+
+    def fulfil(self, value: Any) -> None:
+        """Settle with a value."""
+        self.value = value
+        self._settle()
+
+    def then(self, call: Callable[[Promise], None]) -> None:
+        """Call ``call(self)`` once settled, or at once."""
+        if self.settled.is_set():
+            call(self)
+        else:
+            self._calls.append(call)
+
+    @property
+    def bulk(self) -> int:
+        """About how many bytes its result has."""
+        return 4 * self.weight
+
+    def encoded(self, *, proto: bool) -> bytes:
+        """Return the result's bytes, encoded once for each form; safe in a worker thread."""
+        proto = proto and self.kind.proto is not None
+        if proto not in self._forms:
+            encode = self.kind.proto if proto and self.kind.proto is not None else self.kind.json
+            self._forms[proto] = encode(self.value)
+        return self._forms[proto]
+
+    def failure(self) -> dict[str, str]:
+        """Describe the error as the SDK expects it."""
+        assert self.error is not None
+        known = self.error if isinstance(self.error, RequestFailedError) else None
+        category = known.category if known else RequestErrorCategory.SERVER
+        return {"error": str(known or "an error inside the server"), "category": str(category)}
+
+    def _take(self, future: Future[Any]) -> None:
+        error = future.future().exception()
+        if error is None:
+            self.value = future.future().result()
+        self.error = error
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.error is not None and not isinstance(self.error, RequestFailedError):
+            log.error("%s failed", self.request_id, exc_info=self.error)
+        self.settled_at = trio.current_time()
+        self.settled.set()
+        calls, self._calls = self._calls, []
+        for call in calls:
+            call(self)
+
+
+class Promises:
+    """All promises by request id."""
+
+    def __init__(self) -> None:
+        self._all: dict[str, Promise] = {}
+        self._weights: dict[str, int] = {}
+        self.pending = 0
+        self.unfetched: set[Promise] = set()
+        self._settled_one = trio.Event()
+
+    def __iter__(self) -> Iterator[Promise]:
+        return iter(list(self._all.values()))
+
+    def make(self, request_id: str, owner: str, kind: Kind, weight: int = 0) -> Promise:
+        """Record a new promise."""
+        promise = Promise(request_id, owner, kind, weight)
+        self._all[request_id] = promise
+        self._weights[owner] = self._weights.get(owner, 0) + weight
+        self.pending += 1
+        self.unfetched.add(promise)
+        promise.then(self._settle)
+        return promise
+
+    def find(self, request_id: str, owner: str) -> Promise | None:
+        """Return an owner's promise; None if it is gone, was never made, or is somebody else's."""
+        promise = self._all.get(request_id)
+        return promise if promise is not None and promise.owner == owner else None
+
+    def weight(self, owner: str) -> int:
+        """Return the tokens that an owner has in flight."""
+        return self._weights.get(owner, 0)
+
+    def fetched(self, promise: Promise) -> None:
+        """Note that a result has been handed over; it stays for a while, for a client whose connection broke."""
+        promise.fetched_at = trio.current_time()
+        self.unfetched.discard(promise)
+        self._wake()
+
+    def sweep(self, result_seconds: float, refetch_seconds: float) -> None:
+        """Forget results that were fetched a while ago, or that nobody has fetched for long."""
+        now = trio.current_time()
+        for promise in self:
+            since, keep = promise.settled_at, result_seconds
+            if promise.fetched_at is not None:
+                since, keep = promise.fetched_at, refetch_seconds
+            if promise.settled.is_set() and now - since >= keep:
+                del self._all[promise.request_id]
+                self.unfetched.discard(promise)
+
+    def stop(self) -> None:
+        """Fail what waits for an earlier request of its model: a stopping server takes none in any more."""
+        for promise in self:
+            if promise.future is None and not promise.settled.is_set():
+                promise.fail(EngineStoppedError("the server stopped before this request's turn"))
+
+    async def drained(self) -> None:
+        """Wait until everything is settled."""
+        while self.pending:
+            await self._settled_one.wait()
+
+    async def handed_over(self) -> None:
+        """Wait until everything settled has been fetched."""
+        while self.unfetched:
+            await self._settled_one.wait()
+
+    def _settle(self, promise: Promise) -> None:
+        self.pending -= 1
+        left = self.weight(promise.owner) - promise.weight
+        self._weights[promise.owner] = left
+        if not left:
+            del self._weights[promise.owner]
+        self._wake()
+
+    def _wake(self) -> None:
+        self._settled_one.set()
+        self._settled_one = trio.Event()

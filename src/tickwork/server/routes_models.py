@@ -1,0 +1,175 @@
+"""Training models: made, described, saved, loaded, let go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from tickwork import build
+from tickwork.engine.request import Request
+from tickwork.errors import InvalidRequestError, TickworkError
+from tickwork.requests import CreateModel, Save
+from tickwork.results import GetInfoResponse
+from tickwork.server import bodies
+from tickwork.server.answers import HttpError, reply
+from tickwork.server.lanes import Ask, Lane
+from tickwork.server.numbered import in_lane, numbered
+from tickwork.server.promises import Kind, plain
+from tickwork.server.server import Server, public_name
+from tickwork.server.sessions import Model, Session
+from tickwork.types import LoraConfig
+
+CREATE = plain("create_model", lambda info: {"model_id": info.model_id})
+CREATE_BY_LOAD = plain("load_weights", lambda info: {"model_id": info.model_id})
+SAVE = plain("save_weights")
+SAVE_EXTERNAL = plain("save_weights_external")
+LOAD = plain("load_weights")
+UNLOAD = plain("unload_model", lambda model_id: {"model_id": model_id})
+
+
+async def create_model(server: Server, owner: str, request: HttpRequest) -> Response:
+    """Promise a fresh training model."""
+    ask = await server.parse(bodies.CreateModel, request)
+    session = server.sessions.living(ask.session_id, owner)
+    lora = ask.lora_config
+
+    def make(model_id: str) -> Request:
+        shape = LoraConfig(lora.rank, lora.seed, lora.train_unembed, lora.train_mlp, lora.train_attn)
+        wanted = CreateModel(
+            model_id,
+            server.base_model(ask.base_model),
+            shape,
+            user_metadata={**session.user_metadata, **(ask.user_metadata or {})},
+            owner=owner,
+            session_id=session.session_id,
+        )
+        return build.create_model(wanted, ask.optimizer_config)
+
+    return _created(server, session, ask.model_seq_id, CREATE, make)
+
+
+@in_lane(LOAD, bodies.LoadWeights)
+async def load_weights(server: Server, owner: str, ask: bodies.LoadWeights) -> Response:
+    """Promise a checkpoint's weights in a living training model, or in a new one."""
+    denied = await _denied(server, ask, owner)
+    if ask.model_id is None:
+        return _created_by_load(server, owner, ask, denied)
+    if ask.seq_id is None:
+        raise InvalidRequestError("is needed with model_id", field="seq_id")
+
+    def make(model_id: str) -> Ask:
+        for name in ("session_id", "model_seq_id", "base_model", "user_metadata", "optimizer_config"):
+            if getattr(ask, name) is not None:
+                raise InvalidRequestError("is for a new model: leave it out beside model_id", field=name)
+        return denied or build.load(model_id, ask.path, ask.optimizer)
+
+    return numbered(server, owner, ask.model_id, ask.seq_id, LOAD, make)
+
+
+async def get_info(server: Server, owner: str, request: HttpRequest) -> Response:
+    """Describe a training model."""
+    ask = await server.parse(bodies.GetInfo, request)
+    created = server.sessions.model(ask.model_id, owner).created
+    with trio.move_on_after(server.settings.poll_seconds):
+        await created.settled.wait()
+    if not created.settled.is_set():
+        raise HttpError(408, f"training model {ask.model_id!r} is still being made: ask again")
+    if created.error is not None:
+        raise created.error
+    info: GetInfoResponse = created.value
+    data = {"arch": info.model_data.arch, "model_name": info.model_name, "tokenizer_id": public_name(info.model_name)}
+    return reply(
+        {
+            "type": "get_info",
+            "model_data": data,
+            "model_id": info.model_id,
+            "is_lora": True,
+            "lora_rank": info.lora_rank,
+            "model_name": info.model_name,
+            "optimizer_config": {"type": "adamw"},
+        }
+    )
+
+
+@in_lane(SAVE, bodies.SaveWeights)
+async def save_weights(server: Server, owner: str, ask: bodies.SaveWeights) -> Response:
+    """Promise a checkpoint with its optimizer's state."""
+
+    def make(model_id: str) -> Request:
+        return build.save(Save(model_id, "weights", ask.path, ask.ttl_seconds, ask.overwrite, ask.user_metadata))
+
+    return numbered(server, owner, ask.model_id, ask.seq_id, SAVE, make)
+
+
+@in_lane(SAVE_EXTERNAL, bodies.SaveWeightsExternal)
+async def save_weights_external(server: Server, owner: str, ask: bodies.SaveWeightsExternal) -> Response:
+    """Promise a checkpoint for download."""
+    recipients = tuple(ask.age_encryption_recipients or ())
+
+    def make(model_id: str) -> Request:
+        return build.save(Save(model_id, "external_weights", ask.path, ask.ttl_seconds, recipients=recipients))
+
+    return numbered(server, owner, ask.model_id, ask.seq_id, SAVE_EXTERNAL, make)
+
+
+async def unload_model(server: Server, owner: str, request: HttpRequest) -> Response:
+    """Let go of a training model after all that was asked of it."""
+    ask = await server.parse(bodies.UnloadModel, request)
+    model = server.sessions.model(ask.model_id, owner)
+    server.sessions.release(model)
+    promise = server.promises.make(f"{ask.model_id}:unload", owner, UNLOAD)
+    promise.fulfil(ask.model_id)
+    return reply({"request_id": promise.request_id, "model_id": ask.model_id})
+
+
+def _created_by_load(server: Server, owner: str, ask: bodies.LoadWeights, denied: TickworkError | None) -> Response:
+    if ask.session_id is None or ask.model_seq_id is None or ask.seq_id is not None:
+        raise InvalidRequestError("model_id and seq_id, or session_id and model_seq_id, are needed", field="model_id")
+    session = server.sessions.living(ask.session_id, owner)
+
+    def make(model_id: str) -> Request:
+        if denied is not None:
+            raise denied
+        wanted = CreateModel(
+            model_id,
+            None if ask.base_model is None else server.base_model(ask.base_model),
+            None,
+            ask.path,
+            ask.optimizer,
+            {**session.user_metadata, **(ask.user_metadata or {})},
+            owner=owner,
+            session_id=session.session_id,
+        )
+        return build.create_model(wanted, ask.optimizer_config)
+
+    return _created(server, session, ask.model_seq_id, CREATE_BY_LOAD, make)
+
+
+def _created(server: Server, session: Session, number: int, kind: Kind, make: Callable[[str], Request]) -> Response:
+    model_id = f"{session.session_id}:train:{number}"
+    request_id = f"{model_id}:r0"
+    if number not in session.models:
+        server.refuse_when_stopping()
+        if len(server.sessions.models_of(session.owner)) >= server.settings.max_models:
+            most = server.settings.max_models
+            raise HttpError(403, f"this key holds {most} training models, the most it may: close some of them")
+        created = server.promise(request_id, session.owner, kind, lambda: make(model_id))
+        lane = Lane(model_id, session.owner, server.door, server.promises)
+        server.sessions.add_model(number, Model(model_id, session, lane, created))
+    return reply({"request_id": request_id, "model_id": model_id})
+
+
+async def _denied(server: Server, ask: bodies.LoadWeights, owner: str) -> TickworkError | None:
+    """Return why an owner may not read a checkpoint."""
+    if ask.weights_access_token is not None:
+        return InvalidRequestError(
+            "there are no access tokens here: publish the checkpoint", field="weights_access_token"
+        )
+    try:
+        await server.in_thread(server.readable, ask.path, owner)
+    except TickworkError as error:
+        return error
+    return None

@@ -1,0 +1,95 @@
+"""Passes and optimizer steps, in the order of their numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from tickwork import build
+from tickwork.engine.request import Request
+from tickwork.errors import InvalidRequestError
+from tickwork.requests import MakeLoss
+from tickwork.server import bodies, wire
+from tickwork.server.answers import PROTOBUF, reply
+from tickwork.server.body import TooLargeError, json_of, off_loop, read
+from tickwork.server.numbered import in_lane, made, numbered, weight_of
+from tickwork.server.promises import Kind, Promise, plain
+from tickwork.server.server import Server
+
+PASS = Kind("forward_backward", wire.training_json, wire.training_proto)
+OPTIM = plain("optim_step")
+
+
+async def forward_backward(server: Server, owner: str, request: HttpRequest) -> Response:
+    """Promise a pass with a gradient, or without one if a protobuf body says so."""
+    return await _pass(server, owner, request, forward_only=False)
+
+
+async def forward(server: Server, owner: str, request: HttpRequest) -> Response:
+    """Promise a pass without a gradient; older SDKs have a route of its own for it."""
+    return await _pass(server, owner, request, forward_only=True)
+
+
+@in_lane(OPTIM, bodies.OptimStep)
+async def optim_step(server: Server, owner: str, ask: bodies.OptimStep) -> Response:
+    """Promise an optimizer step."""
+    return numbered(
+        server, owner, ask.model_id, ask.seq_id, OPTIM, lambda model_id: build.optim_step(model_id, ask.params())
+    )
+
+
+async def create_custom_loss(server: Server, owner: str, request: HttpRequest) -> Response:
+    """Promise a loss that was sent as a graph."""
+    ask = await server.parse(bodies.CreateCustomLoss, request)
+    session = server.sessions.living(ask.session_id, owner)
+    loss_id = f"{session.session_id}:loss:{ask.custom_loss_seq_id}"
+    if ask.custom_loss_seq_id not in session.made_losses:
+        server.refuse_when_stopping()
+
+        def keep(promise: Promise) -> None:
+            if promise.error is None:
+                session.losses[loss_id] = promise.value
+
+        kind = plain("create_custom_loss", lambda _: {"loss_id": loss_id})
+        promise = server.promise(loss_id, owner, kind, lambda: Request("step", loss_id, MakeLoss(ask.loss_graph())))
+        promise.then(keep)
+        session.made_losses[ask.custom_loss_seq_id] = promise
+    return reply({"request_id": loss_id})
+
+
+async def _pass(server: Server, owner: str, request: HttpRequest, *, forward_only: bool) -> Response:
+    proto = request.headers.get("content-type", "").startswith(PROTOBUF)
+    try:
+        raw = await read(request, server.settings)
+    except TooLargeError as error:
+        _use_up(server, owner, error)
+        raise
+    if proto:
+        found = await off_loop(len(raw), lambda: wire.open_training(raw))
+    else:
+        found = await off_loop(len(raw), lambda: wire.open_training_json(json_of(raw), forward_only=forward_only))
+    losses = server.sessions.model(found.model_id, owner).session.losses
+    ask = await off_loop(len(raw), lambda: made(lambda _: _pass_request(found, losses), found.model_id))
+    return numbered(server, owner, found.model_id, found.seq_id, PASS, lambda _: ask, weight_of(ask))
+
+
+def _pass_request(found: wire.TrainingBody, losses: dict[str, Any]) -> Request:
+    ask = found.ask()
+    loss_fn, config = ask.loss_fn, ask.config
+    if loss_fn == "custom":
+        config = dict(config)
+        loss_id = config.pop("loss_id", None)
+        if loss_id not in losses:
+            raise InvalidRequestError(f"{loss_id!r} is no loss of this session", field="loss_fn_config['loss_id']")
+        return build.forward_backward(found.model_id, ask.data, losses[str(loss_id)], config, not ask.forward_only)
+    return build.forward_backward(found.model_id, ask.data, loss_fn, config, not ask.forward_only)
+
+
+def _use_up(server: Server, owner: str, error: TooLargeError) -> None:
+    """Fail the number that a refused body carried: its client has used it up, and goes on with the next."""
+    where = wire.peek_training(error.head)
+    if where is not None:
+        too_large = InvalidRequestError(error.detail)
+        numbered(server, owner, *where, PASS, lambda _: too_large)

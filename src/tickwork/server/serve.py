@@ -1,0 +1,175 @@
+"""``serve``: engine and HTTP in one Trio run, from the first bound socket to the last fetched result."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio import serve as serve_http
+
+from tickwork.build import open_sampler
+from tickwork.catalogue import Catalogue
+from tickwork.clients.host import Host, make_engine
+from tickwork.clients.nursery import hosted
+from tickwork.engine.request import Request
+from tickwork.futures import Inner
+from tickwork.models import give_name
+from tickwork.requests import Release
+from tickwork.server.app import make_app
+from tickwork.server.lanes import Door
+from tickwork.server.server import Server
+from tickwork.server.settings import Settings
+
+log = logging.getLogger("tickwork.server")
+
+Stop = Callable[[], Awaitable[None]]
+
+
+async def run(settings: Settings, stop: Stop, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
+    """Serve until ``stop`` returns, then drain.
+
+    Args:
+        stop: waits for the wish to end.
+        task_status: told the base URL once models are loaded and the socket is open.
+
+    Raises:
+        ModelLoadError: a base model that can not be loaded.
+        OSError: the address is taken.
+        Exception: what the engine died of.
+
+    Cancel: the current job ends, everything else fails, and it returns.
+    """
+    for name, source in settings.models.items():
+        give_name(name, source)
+    catalogue = Catalogue(settings.store)
+    listener = _listen(settings)
+    tokens = settings.max_tokens_per_pass
+    engine = make_engine(catalogue, settings.device, settings.dtype, settings.cycle_period, tokens)
+    host = Host(engine, catalogue)
+    with listener:
+        async with hosted(host):
+            await _load(host, settings)
+            server = Server(settings, Door(host.portal), catalogue)
+            await _serve(server, listener, stop, task_status)
+
+
+@contextmanager
+def serving(settings: Settings) -> Iterator[str]:
+    """Run a server in a thread of its own and yield its base URL; leaving drains and stops it.
+
+    Raises:
+        Exception: what kept it from starting, or what it died of.
+    """
+    thread = _ServerThread(settings)
+    thread.start()
+    try:
+        yield thread.base_url.result()
+    finally:
+        thread.stop()
+
+
+async def _serve(server: Server, listener: socket.socket, stop: Stop, task_status: trio.TaskStatus[str]) -> None:
+    done = trio.Event()
+    url = _url(server.settings.host, listener)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.door.run)
+        nursery.start_soon(server.sweep)
+        async with trio.open_nursery() as http:
+            await http.start(_http, server, _config(listener), done)
+            task_status.started(url)
+            await stop()
+            await server.drain()
+            done.set()
+        nursery.cancel_scope.cancel("the server has ended")
+
+
+async def _http(server: Server, config: Config, done: trio.Event, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+    app: Any = make_app(server)
+    await serve_http(app, config, shutdown_trigger=done.wait, task_status=task_status, mode="asgi")
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Take the address before anything is loaded: that it is taken should be known at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise OSError(f"{settings.host}:{settings.port} can not be listened on: {error.strerror}") from None
+    return listener
+
+
+def _config(listener: socket.socket) -> Config:
+    config = Config()
+    config.bind = [f"fd://{listener.detach()}"]
+    config.backlog = 4096
+    config.accesslog = None
+    config.errorlog = log
+    config.loglevel = "WARNING"
+    config.keep_alive_timeout = 600
+    config.keep_alive_max_requests = 2**62
+    config.max_app_queue_size = 64
+    config.graceful_timeout = 1.0
+    config.include_server_header = False
+    return config
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{listener.getsockname()[1]}"
+
+
+async def _load(host: Host, settings: Settings) -> None:
+    """Load every base model before anybody is let in: what is wrong with one is told at the start."""
+    for name in settings.models:
+        key = f"load:{name}"
+        await (await host.portal.submit_async(open_sampler(key, None, name)))
+        host.portal.drop(Request("step", key, Release(key)))
+
+
+class _ServerThread:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.base_url: Inner[str] = Inner()
+        self._stop: Callable[[], None] = lambda: None
+        self._death: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, name="tickwork-server", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop()
+        self._thread.join()
+        if self._death is not None:
+            raise self._death
+
+    def _main(self) -> None:
+        try:
+            trio.run(self._run)
+        except BaseException as error:
+            self._death = error
+            if not self.base_url.done():
+                self.base_url.set_exception(error)
+
+    async def _run(self) -> None:
+        asked, token = trio.Event(), trio.lowlevel.current_trio_token()
+
+        def stop() -> None:
+            try:
+                token.run_sync_soon(asked.set)
+            except trio.RunFinishedError:
+                pass
+
+        self._stop = stop
+        async with trio.open_nursery() as nursery:
+            self.base_url.set_result(await nursery.start(run, self._settings, asked.wait))

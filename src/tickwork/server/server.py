@@ -1,0 +1,158 @@
+"""``Server``: what all routes share."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+from starlette.requests import Request as HttpRequest
+
+from tickwork.catalogue import Catalogue
+from tickwork.engine.request import Request
+from tickwork.errors import CheckpointError, InvalidRequestError, TickworkError
+from tickwork.models import locate
+from tickwork.results import ParsedCheckpointTinkerPath
+from tickwork.server import body, strict
+from tickwork.server.answers import HttpError, unknown
+from tickwork.server.lanes import Door
+from tickwork.server.promises import Kind, Promise, Promises
+from tickwork.server.sessions import Sessions
+from tickwork.server.settings import Settings
+
+T = TypeVar("T")
+B = TypeVar("B", bound=strict.Body)
+
+SWEEP_SECONDS = 1.0
+
+
+class Server:
+    """Settings, and what is going on: promises, sessions, the way into the engine.
+
+    Room: the Trio run of the engine.
+    """
+
+    def __init__(self, settings: Settings, door: Door, catalogue: Catalogue) -> None:
+        self.settings = settings
+        self.door = door
+        self.catalogue = catalogue
+        self.promises = Promises()
+        self.sessions = Sessions(door)
+        self.stopping = trio.Event()
+        self.secret = secrets.token_bytes(32)
+        self.copies: dict[tuple[str, str], str] = {}
+
+    async def parse(self, model: type[B], request: HttpRequest) -> B:
+        """Read a JSON body as one of ``bodies``.
+
+        Raises:
+            HttpError: too large, or not JSON.
+            InvalidRequestError: naming the field.
+        """
+        raw = await body.read(request, self.settings)
+        return await body.off_loop(len(raw), lambda: strict.parse(model, body.json_of(raw)))
+
+    def refuse_when_stopping(self) -> None:
+        """Take no new work while ending.
+
+        Raises:
+            HttpError: 503.
+        """
+        if self.stopping.is_set():
+            raise HttpError(503, "the server is stopping", {"retry-after": "5"})
+
+    def base_model(self, name: str) -> str:
+        """Return a served base model by its name, or by the folder it was loaded from.
+
+        Raises:
+            InvalidRequestError: not served.
+        """
+        for known, source in self.settings.models.items():
+            if name in (known, source, public_name(known)):
+                return known
+        served = ", ".join(self.settings.models)
+        raise InvalidRequestError(f"{name!r} is not served here; there is: {served}", field="base_model")
+
+    def promise(self, request_id: str, owner: str, kind: Kind, make: Callable[[], Request]) -> Promise:
+        """Promise the result of a request outside all numbered lanes."""
+        promise = self.promises.make(request_id, owner, kind)
+        try:
+            self.door.post(make(), promise)
+        except TickworkError as error:
+            promise.fail(error)
+        return promise
+
+    def readable(self, path: str, owner: str) -> None:
+        """Check that an owner may read a checkpoint: their own, or a published one.
+
+        Raises:
+            InvalidRequestError: not a checkpoint path.
+            CheckpointError: unknown, or another owner's.
+        """
+        meta = self.catalogue.meta(path)
+        if not meta.public:
+            self.own(meta.run_id, owner, path)
+
+    def own(self, run_id: str, owner: str, what: str) -> None:
+        """Check that a run is an owner's.
+
+        Raises:
+            CheckpointError: unknown, or another owner's.
+        """
+        try:
+            record = self.catalogue.run_record(run_id)
+        except CheckpointError:
+            record = None
+        if record is None or record.owner != owner:
+            raise CheckpointError(f"there is no {what}")
+
+    async def in_thread(self, act: Callable[..., T], *args: Any) -> T:
+        """Run what reads or changes the store in a worker thread."""
+        return await trio.to_thread.run_sync(act, *args)
+
+    async def sweep(self) -> None:
+        """Give up on gaps, forget fetched results and dead sessions, now and then."""
+        rounds = 0
+        while True:
+            await trio.sleep(SWEEP_SECONDS)
+            for lane in self.sessions.lanes():
+                lane.skip(self.settings.gap_seconds)
+            rounds += 1
+            if rounds % 10 == 0:
+                self.promises.sweep(self.settings.result_seconds, self.settings.refetch_seconds)
+                self.sessions.sweep(self.settings.session_seconds)
+
+    async def drain(self) -> None:
+        """Take no new work, finish what was accepted, and give clients a moment to fetch it."""
+        self.stopping.set()
+        self.promises.stop()
+        await self.promises.drained()
+        with trio.move_on_after(self.settings.drain_seconds):
+            await self.promises.handed_over()
+
+
+def public_name(name: str) -> str:
+    """Return what a client on this machine can load a tokenizer from: a folder, or the name on the hub.
+
+    The SDK takes a name with exactly two slashes for ``org/model/variant`` and cuts it; one more prevents that.
+    """
+    source = locate(name)
+    if not Path(source).is_dir():
+        return source
+    return f"{source}/" if source.count("/") == 2 else source
+
+
+def checkpoint_path(run_id: str, kind: str, name: str) -> str:
+    """Return the path of a checkpoint named in a URL.
+
+    Raises:
+        HttpError: no such path can be.
+    """
+    path = f"tinker://{run_id}/{kind}/{name}"
+    try:
+        ParsedCheckpointTinkerPath.from_tinker_path(path)
+    except InvalidRequestError:
+        raise unknown("checkpoint", path) from None
+    return path
