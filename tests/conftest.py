@@ -11,6 +11,9 @@ import pytest
 import trio
 from hypothesis import settings
 
+# No test asks the hub for anything; the official SDK would, for minutes, where a name is no folder.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 settings.register_profile("tickwork", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("tickwork")
 

@@ -7,8 +7,9 @@ import pickle
 import numpy as np
 import pytest
 import tinker
-from served import TINY, TOKENS, datum, sdk
 from tinker import types
+
+from served import TINY, TOKENS, datum, sdk
 
 PROMPT = types.ModelInput.from_ints(TOKENS)
 GREEDY = types.SamplingParams(max_tokens=6, temperature=0.0)
@@ -106,10 +107,11 @@ def test_named_checkpoints_and_base_models(service, trained, sampler):
         np.testing.assert_allclose(
             other.compute_logprobs(PROMPT).result(60)[1:], sampler.compute_logprobs(PROMPT).result(60)[1:], atol=1e-5
         )
-        assert other.get_base_model() == TINY
+    by_path = service.create_sampling_client(path).result(60)
+    assert by_path.get_tokenizer().encode("a"), "its base model is named so that this machine finds it"
     base = service.create_sampling_client(base_model=TINY).result(60)
+    assert base.get_base_model() == TINY
     assert base.compute_logprobs(PROMPT).result(60) != sampler.compute_logprobs(PROMPT).result(60)
-    assert base.get_tokenizer().encode("a")
 
 
 def test_snapshots_stay_and_inflight_follows(service):

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tinker
-from served import TINY, datum, rl_datum, sdk
 from tinker import types
 
+from served import TINY, datum, rl_datum, sdk
 from tickwork.server import Settings, serving
 
 
@@ -43,7 +43,10 @@ def test_training_lowers_the_loss(client):
 def test_the_loss_is_the_sum_of_what_is_returned(client):
     data = [datum(weights=[0.5] * 10), datum([1, 2, 3], weights=[-1.0, 2.0])]
     out = client.forward(data, "cross_entropy").result(60)
-    sums = [float(np.dot(o["logprobs"].to_numpy(), d.loss_fn_inputs["weights"].to_numpy())) for o, d in zip(out.loss_fn_outputs, data, strict=True)]  # fmt: skip  # noqa: E501
+    sums = [
+        float(np.dot(found["logprobs"].to_numpy(), given.loss_fn_inputs["weights"].to_numpy()))
+        for found, given in zip(out.loss_fn_outputs, data, strict=True)
+    ]
     assert out.metrics["loss:sum"] == pytest.approx(-sum(sums), rel=1e-5)
     assert all(key.count(":") == 1 for key in out.metrics)
 
@@ -79,12 +82,12 @@ def test_targets_of_several_tokens_sparse(client):
             "ppo",
             {"clip_low_threshold": 0.9, "clip_high_threshold": 1.05},
             lambda r, lp, q, a: -np.minimum(r * a, np.clip(r, 0.9, 1.05) * a),
-        ),  # fmt: skip  # noqa: E501
+        ),
         (
             "cispo",
             {"clip_low_threshold": 0.0, "clip_high_threshold": 1.05},
             lambda r, lp, q, a: -np.clip(r, 0, 1.05) * lp * a,
-        ),  # fmt: skip  # noqa: E501
+        ),
         ("dro", {"beta": 0.1}, lambda r, lp, q, a: -(lp * a - 0.05 * (lp - q) ** 2)),
     ],
 )

@@ -16,10 +16,11 @@ import torch
 
 from models import CPU
 from tickwork import catalogue as catalogue_module
-from tickwork.catalogue import META, Catalogue, Meta, Run
+from tickwork.catalogue import Catalogue
 from tickwork.compute.lora import Adapter
 from tickwork.compute.optimizer import Trainable
 from tickwork.errors import CheckpointError, InvalidRequestError
+from tickwork.records import META, Meta, Run
 from tickwork.store import ADAPTER, CONFIG, MOMENTS, Store
 from tickwork.types import AdamParams, LoraConfig
 

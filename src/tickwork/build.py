@@ -7,12 +7,13 @@ from typing import Any
 
 import attrs
 
-from tickwork.catalogue import check_name, expiry
 from tickwork.convert import as_adam_params, as_config, as_data, as_integer, as_metadata
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError
+from tickwork.records import check_name, expiry
 from tickwork.requests import CreateModel, ForwardBackward, Load, OpenSampler, OptimStep, Save
 from tickwork.results import ParsedCheckpointTinkerPath
+from tickwork.seal import check_recipients
 from tickwork.types import LoraConfig
 
 
@@ -61,10 +62,11 @@ def save(ask: Save) -> Request:
     """Build the saving of a checkpoint.
 
     Raises:
-        InvalidRequestError: a name, time to live or metadata that is not allowed.
+        InvalidRequestError: a name, time to live, metadata or recipient that is not allowed.
     """
     expiry(ask.ttl_seconds)
     check_name(ask.name)
+    check_recipients(ask.recipients)
     metadata = as_metadata(ask.user_metadata)
     return Request("step", ask.model_id, attrs.evolve(ask, overwrite=bool(ask.overwrite), user_metadata=metadata))
 

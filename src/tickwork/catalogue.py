@@ -3,29 +3,31 @@
 ::
 
     STORE/runs/RUN/run.json
-    STORE/runs/RUN/weights|sampler_weights/NAME/
+    STORE/runs/RUN/weights|sampler_weights|external_weights/NAME/
         adapter_model.safetensors  adapter_config.json     what peft.PeftModel loads
         optimizer.safetensors                              AdamW's moments, in ``weights`` only
         tickwork.json                                      everything else, with checksums
+        *.age                                              in ``external_weights`` made for recipients, in their place
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 import threading
+import uuid
 import weakref
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import attrs
 
-from tickwork.errors import CheckpointError, InvalidRequestError
-from tickwork.files import recover, remove, write_json
+from tickwork.errors import CheckpointError
+from tickwork.files import NEW, put, recover, remove, sync, write_json
+from tickwork.records import META, RUN, Meta, Run, check_name, expiry, read_meta, read_run
 from tickwork.results import (
     KIND_TYPES,
     Checkpoint,
@@ -34,67 +36,6 @@ from tickwork.results import (
     WeightsInfoResponse,
     as_json,
 )
-from tickwork.types import LoraConfig
-
-FORMAT = 1
-META = "tickwork.json"
-LONGEST_TTL = 315_360_000
-# Common file systems allow 255; a folder that is on its way has a prefix besides.
-FILE_NAME_BYTES = 245
-
-
-@attrs.frozen
-class Run:
-    """One training model, as its ``run.json`` tells."""
-
-    run_id: str
-    base_model: str
-    lora: LoraConfig
-    user_metadata: dict[str, str]
-    time: datetime = attrs.Factory(lambda: datetime.now(UTC))
-
-
-@attrs.frozen
-class Meta:
-    """One checkpoint, as its ``tickwork.json`` tells.
-
-    Args:
-        steps: optimizer steps taken.
-        sizes: bytes of each file.
-        checksums: SHA-256 of each file.
-    """
-
-    run_id: str
-    kind: str
-    name: str
-    base_model: str
-    lora: LoraConfig
-    steps: int
-    user_metadata: dict[str, str]
-    expires_at: datetime | None = None
-    public: bool = False
-    time: datetime = attrs.Factory(lambda: datetime.now(UTC))
-    sizes: dict[str, int] = attrs.Factory(dict)
-    checksums: dict[str, str] = attrs.Factory(dict)
-    format: int = FORMAT
-
-    @property
-    def path(self) -> str:
-        """Its ``tinker://`` path."""
-        return f"tinker://{self.run_id}/{self.kind}/{self.name}"
-
-    def checkpoint(self) -> Checkpoint:
-        """Return the public view."""
-        return Checkpoint(
-            checkpoint_id=f"{self.kind}/{self.name}",
-            checkpoint_type=KIND_TYPES[self.kind],
-            time=self.time,
-            tinker_path=self.path,
-            size_bytes=sum(self.sizes.values()),
-            public=self.public,
-            user_metadata=self.user_metadata or None,
-            expires_at=self.expires_at,
-        )
 
 
 class Catalogue:
@@ -146,7 +87,7 @@ class Catalogue:
         folder = self.folder(path)
         if not folder.is_dir():
             raise CheckpointError(f"there is no checkpoint {path}")
-        meta = _read_meta(folder)
+        meta = read_meta(folder)
         if meta.expires_at is not None and meta.expires_at <= datetime.now(UTC):
             raise CheckpointError(f"{path} expired at {meta.expires_at.isoformat()}")
         return meta
@@ -155,11 +96,16 @@ class Catalogue:
         """Record a new training run."""
         folder = self.run_folder(run.run_id)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "run.json", as_json(run))
+        write_json(folder / RUN, as_json(run))
 
-    def runs(self) -> list[TrainingRun]:
-        """Return all runs, newest first."""
-        found = [run for folder in _folders(self.root / "runs") if (run := self._run(folder)) is not None]
+    def runs(self, owner: str | None = None, project_id: str | None = None) -> list[TrainingRun]:
+        """Return runs, newest first.
+
+        Args:
+            owner: only this one's.
+            project_id: only those of this project.
+        """
+        found = [self._run(run) for run in self._records(owner) if project_id in (None, run.project_id)]
         return sorted(found, key=lambda run: run.last_request_time, reverse=True)
 
     def run(self, run_id: str) -> TrainingRun:
@@ -168,16 +114,84 @@ class Catalogue:
         Raises:
             CheckpointError: unknown.
         """
-        run = self._run(self.run_folder(run_id))
+        return self._run(self.run_record(run_id))
+
+    def run_record(self, run_id: str) -> Run:
+        """Return one run as it is recorded.
+
+        Raises:
+            CheckpointError: unknown.
+        """
+        run = read_run(self.run_folder(run_id))
         if run is None:
             raise CheckpointError(f"there is no training run {run_id!r}")
         return run
 
-    def checkpoints(self, run_id: str | None = None) -> list[Checkpoint]:
-        """Return the checkpoints of one run or of all, newest first; expired ones are deleted on the way."""
-        runs = _folders(self.root / "runs") if run_id is None else [self.run_folder(run_id)]
+    def set_project(self, session_id: str, project_id: str | None) -> None:
+        """Put the runs of a session into a project."""
+        with self.lock:
+            for run in self._records(None):
+                if run.session_id == session_id:
+                    self.open_run(attrs.evolve(run, project_id=project_id))
+
+    def checkpoints(self, run_id: str | None = None, owner: str | None = None) -> list[Checkpoint]:
+        """Return checkpoints, newest first; expired ones are deleted on the way.
+
+        Args:
+            run_id: only those of this run.
+            owner: only those of this one's runs.
+        """
+        if run_id is not None:
+            runs = [self.run_folder(run_id)]
+        elif owner is None:
+            runs = _folders(self.root / "runs")
+        else:
+            runs = [self.run_folder(run.run_id) for run in self._records(owner)]
         metas = [meta for run in runs for meta in self._alive(run)]
         return [meta.checkpoint() for meta in sorted(metas, key=lambda meta: meta.time, reverse=True)]
+
+    def files(self, path: str) -> dict[str, Path]:
+        """Return the files of a checkpoint, by name.
+
+        Raises:
+            CheckpointError: unknown, expired, or not one of ours.
+        """
+        folder = self.folder(path)
+        return {name: folder / name for name in self.meta(path).sizes}
+
+    def copy(
+        self,
+        path: str,
+        *,
+        owner: str = "",
+        session_id: str = "",
+        ttl_seconds: int | None = None,
+        project_id: str | None = None,
+    ) -> str:
+        """Copy a checkpoint into a run of its own and return its path.
+
+        Raises:
+            CheckpointError: unknown, expired, or not one of ours.
+            InvalidRequestError: a time to live that is not allowed.
+            OSError: the disk.
+        """
+        meta = self.meta(path)
+        run_id = f"copy-{uuid.uuid4()}"
+        lasting = attrs.evolve(
+            meta, run_id=run_id, expires_at=expiry(ttl_seconds), public=False, time=datetime.now(UTC)
+        )
+        target = self.folder(lasting.path)
+        target.parent.mkdir(parents=True)
+        temporary = target.with_name(f"{NEW}{uuid.uuid4().hex}")
+        shutil.copytree(self.folder(path), temporary)
+        for file in temporary.iterdir():
+            sync(file)
+        write_json(temporary / META, as_json(lasting))
+        put(temporary, target)
+        sync(target.parent)
+        run = Run(run_id, meta.base_model, meta.lora, meta.user_metadata)
+        self.open_run(attrs.evolve(run, owner=owner, session_id=session_id, project_id=project_id))
+        return lasting.path
 
     def info(self, path: str) -> WeightsInfoResponse:
         """Return what a checkpoint was trained from."""
@@ -208,31 +222,30 @@ class Catalogue:
             meta = attrs.evolve(self.meta(path), expires_at=expiry(ttl_seconds))
             write_json(self.folder(path) / META, as_json(meta))
 
-    def _run(self, folder: Path) -> TrainingRun | None:
-        try:
-            data = json.loads((folder / "run.json").read_text())
-            rank = int(data["lora"]["rank"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # not a run, or a damaged one, which must not spoil a listing
-        saved = self.checkpoints(unquote(folder.name))
+    def _records(self, owner: str | None) -> list[Run]:
+        found = [run for folder in _folders(self.root / "runs") if (run := read_run(folder)) is not None]
+        return [run for run in found if owner in (None, run.owner)]
+
+    def _run(self, run: Run) -> TrainingRun:
+        saved = self.checkpoints(run.run_id)
         latest = {kind: next((c for c in saved if c.checkpoint_type == kind), None) for kind in KIND_TYPES.values()}
         return TrainingRun(
-            training_run_id=data["run_id"],
-            base_model=data["base_model"],
-            model_owner="local",
+            training_run_id=run.run_id,
+            base_model=run.base_model,
+            model_owner=run.owner or "local",
             is_lora=True,
-            last_request_time=max([datetime.fromisoformat(data["time"]), *(c.time for c in saved)]),
-            lora_rank=rank,
+            last_request_time=max([run.time, *(c.time for c in saved)]),
+            lora_rank=run.lora.rank,
             last_checkpoint=latest["training"],
             last_sampler_checkpoint=latest["sampler"],
-            user_metadata=data["user_metadata"] or None,
+            user_metadata=run.user_metadata or None,
         )
 
     def _alive(self, run: Path) -> Iterator[Meta]:
         for kind in KIND_TYPES:
             for folder in _folders(run / kind):
                 try:
-                    meta = _read_meta(folder)
+                    meta = read_meta(folder)
                 except CheckpointError:
                     continue  # a listing must not fail for one foreign folder; reading it does
                 if meta.expires_at is not None and meta.expires_at <= datetime.now(UTC):
@@ -242,57 +255,7 @@ class Catalogue:
                     yield meta
 
 
-def expiry(ttl_seconds: int | None) -> datetime | None:
-    """Return the moment that many seconds from now.
-
-    Raises:
-        InvalidRequestError: not a whole number of seconds, at least 1.
-    """
-    if ttl_seconds is None:
-        return None
-    if isinstance(ttl_seconds, bool) or not isinstance(ttl_seconds, int) or not 1 <= ttl_seconds <= LONGEST_TTL:
-        raise InvalidRequestError(
-            f"{ttl_seconds!r}; a whole number of seconds, 1 to {LONGEST_TTL} (ten years)", field="ttl_seconds"
-        )
-    return datetime.now(UTC) + timedelta(seconds=ttl_seconds)
-
-
-def check_name(name: str, field: str = "name") -> str:
-    """Return a checkpoint's name if it is allowed.
-
-    Raises:
-        InvalidRequestError: empty, too long, with a slash, or beginning with a dot.
-    """
-    if not isinstance(name, str) or not 0 < len(name) <= 200 or "/" in name or "\0" in name or name.startswith("."):
-        raise InvalidRequestError(
-            f"{name!r}: 1 to 200 characters without '/', not beginning with '.', are allowed", field=field
-        )
-    try:
-        size = len(quote(name, safe=""))
-    except UnicodeEncodeError:
-        raise InvalidRequestError(f"{name!r} is not valid text", field=field) from None
-    if size > FILE_NAME_BYTES:
-        raise InvalidRequestError(
-            f"{name!r}: {size} bytes when percent-encoded, {FILE_NAME_BYTES} are allowed", field=field
-        )
-    return name
-
-
 def _folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     return sorted(child for child in parent.iterdir() if child.is_dir() and not child.name.startswith("."))
-
-
-def _read_meta(folder: Path) -> Meta:
-    try:
-        data = json.loads((folder / META).read_text())
-        if data["format"] != FORMAT:
-            raise CheckpointError(f"{folder} has format {data['format']}; this version reads {FORMAT}")
-        data["lora"] = LoraConfig(**data["lora"])
-        data["sizes"], data["checksums"] = dict(data["sizes"]), dict(data["checksums"])
-        data["time"] = datetime.fromisoformat(data["time"])
-        data["expires_at"] = data["expires_at"] and datetime.fromisoformat(data["expires_at"])
-        return Meta(**data)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is not a Tickwork checkpoint: its {META} is missing or damaged") from error

@@ -154,17 +154,26 @@ def delete(paths: Sequence[str], yes: bool, store: Path) -> None:
 
 @checkpoints.command()
 @click.argument("path")
+@click.option("--ttl", "ttl_seconds", type=click.IntRange(1), help="Seconds that the copy lives.")
+@store_option
+def copy(path: str, ttl_seconds: int | None, store: Path) -> None:
+    """Copy a checkpoint into a run of its own, which outlives the first one's deletion."""
+    click.echo(Catalogue(store).copy(path, ttl_seconds=ttl_seconds))
+
+
+@checkpoints.command()
+@click.argument("path")
 @click.argument("destination", type=click.Path(path_type=Path))
 @store_option
 def export(path: str, destination: Path, store: Path) -> None:
     """Copy a checkpoint's adapter to DESTINATION, as a folder that peft.PeftModel loads."""
-    catalogue = Catalogue(store)
-    catalogue.meta(path)
+    files = Catalogue(store).files(path)
     if destination.exists():
         raise click.ClickException(f"{destination} exists")
     destination.mkdir(parents=True)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        shutil.copyfile(catalogue.folder(path) / name, destination / name)
+    for name, file in files.items():
+        if name.startswith("adapter_"):
+            shutil.copyfile(file, destination / name)
     click.echo(f"exported {path} to {destination}")
 
 

@@ -26,6 +26,7 @@ class CreateModel:
         with_optimizer: also restore the optimizer's state.
         owner: whose run it is; the empty one is that of clients in process.
         session_id: the session that it belongs to, if any.
+        project_id: the project that it belongs to, if any.
     """
 
     model_id: str
@@ -36,6 +37,7 @@ class CreateModel:
     user_metadata: Mapping[str, str] | None = None
     owner: str = ""
     session_id: str = ""
+    project_id: str | None = None
 
 
 @attrs.frozen(eq=False)

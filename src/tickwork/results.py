@@ -11,8 +11,12 @@ from tickwork.errors import InvalidRequestError
 from tickwork.tensors import TensorData
 from tickwork.types import AdamOptimizerConfig, StopReason
 
-CheckpointType = Literal["training", "sampler"]
-KIND_TYPES: dict[str, CheckpointType] = {"weights": "training", "sampler_weights": "sampler"}
+CheckpointType = Literal["training", "sampler", "external"]
+KIND_TYPES: dict[str, CheckpointType] = {
+    "weights": "training",
+    "sampler_weights": "sampler",
+    "external_weights": "external",
+}
 
 
 @attrs.frozen
@@ -50,6 +54,22 @@ class SaveWeightsForSamplerResponse:
 
     path: str | None
     sampling_session_id: str | None = None
+
+
+@attrs.frozen
+class SaveWeightsExternalResponse:
+    """Where a checkpoint for download lies, and its size in bytes."""
+
+    path: str
+    size_bytes: int | None = None
+
+
+@attrs.frozen
+class ExternalWeightsUrlsResponse:
+    """Where to fetch the files of a checkpoint for download, by name, and until when."""
+
+    urls: dict[str, str]
+    expires: datetime
 
 
 @attrs.frozen
@@ -231,7 +251,7 @@ class ParsedCheckpointTinkerPath:
 
     @property
     def kind(self) -> str:
-        """``weights`` or ``sampler_weights``."""
+        """``weights``, ``sampler_weights`` or ``external_weights``."""
         return self.checkpoint_id.split("/")[0]
 
     @property
@@ -244,13 +264,13 @@ class ParsedCheckpointTinkerPath:
         """Parse a path.
 
         Raises:
-            InvalidRequestError: not of the form ``tinker://RUN/weights|sampler_weights/NAME``.
+            InvalidRequestError: not of the form ``tinker://RUN/KIND/NAME``.
         """
         parts = path.removeprefix("tinker://").split("/") if isinstance(path, str) else []
         plain = all(part and not part.startswith(".") for part in parts)  # a leading dot could leave the store
         if len(parts) != 3 or not path.startswith("tinker://") or parts[1] not in KIND_TYPES or not plain:
             raise InvalidRequestError(
-                f"{path!r} is not of the form tinker://RUN/weights/NAME or tinker://RUN/sampler_weights/NAME",
+                f"{path!r} is not of the form tinker://RUN/KIND/NAME, where KIND is one of {', '.join(KIND_TYPES)}",
                 field="path",
             )
         run, kind, name = parts

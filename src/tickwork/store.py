@@ -15,12 +15,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tickwork.catalogue import META, Catalogue, Meta, check_name, expiry
+from tickwork.catalogue import Catalogue
 from tickwork.compute.lora import ALPHA, Adapter
 from tickwork.compute.optimizer import Trainable
 from tickwork.errors import CheckpointError
 from tickwork.files import NEW, checksum, put, sync, write_json
+from tickwork.records import META, Meta, check_name, expiry
 from tickwork.results import as_json
+from tickwork.seal import seal
 
 ADAPTER, CONFIG, MOMENTS = "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"
 
@@ -81,8 +83,18 @@ class Store:
         self.catalogue = catalogue
         self._told = not catalogue.temporary
 
-    def write(self, meta: Meta, state: Trainable, ttl_seconds: int | None, overwrite: bool) -> str:
+    def write(
+        self,
+        meta: Meta,
+        state: Trainable,
+        ttl_seconds: int | None,
+        overwrite: bool,
+        recipients: tuple[str, ...] = (),
+    ) -> str:
         """Write a checkpoint and return its path.
+
+        Args:
+            recipients: age public keys; with any, each file is encrypted for them and gets the suffix ``.age``.
 
         Raises:
             CheckpointError: the name is taken and ``overwrite`` is off.
@@ -101,7 +113,7 @@ class Store:
         temporary = target.with_name(f"{NEW}{uuid.uuid4().hex}")
         temporary.mkdir()
         try:
-            self._fill(temporary, meta, state)
+            self._fill(temporary, meta, state, recipients)
             with self.catalogue.lock:
                 put(temporary, target)
         except BaseException:
@@ -117,6 +129,8 @@ class Store:
             CheckpointError: unknown, expired, foreign or damaged.
         """
         meta, folder = self.catalogue.meta(path), self.catalogue.folder(path)
+        if meta.kind == "external_weights":
+            raise CheckpointError(f"{path} is for download: load what save_state or save_weights_for_sampler saved")
         for name, expected in meta.checksums.items():
             if not (folder / name).is_file() or checksum(folder / name) != expected:
                 raise CheckpointError(f"{path} is damaged: {name} is missing or not what was written")
@@ -126,13 +140,15 @@ class Store:
         except (SafetensorError, OSError, KeyError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
 
-    def _fill(self, folder: Path, meta: Meta, state: Trainable) -> None:
+    def _fill(self, folder: Path, meta: Meta, state: Trainable, recipients: tuple[str, ...]) -> None:
         _save(state.adapter.named(), folder / ADAPTER)
         write_json(folder / CONFIG, _peft_config(meta, state.adapter))
         if meta.kind == "weights" and state.exp_avg is not None and state.exp_avg_sq is not None:
             parts = (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq))
             moments = {f"{part}.{k}": v for part, arena in parts for k, v in state.adapter.named(arena).items()}
             _save(moments, folder / MOMENTS)
+        if recipients:
+            seal(folder, recipients)
         files = sorted(folder.iterdir())
         sizes = {file.name: file.stat().st_size for file in files}
         checksums = {file.name: checksum(file) for file in files}

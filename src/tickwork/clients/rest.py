@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from tickwork.catalogue import Catalogue
@@ -12,6 +13,7 @@ from tickwork.futures import Future
 from tickwork.results import (
     CheckpointsListResponse,
     Cursor,
+    ExternalWeightsUrlsResponse,
     ParsedCheckpointTinkerPath,
     TrainingRun,
     TrainingRunsResponse,
@@ -19,6 +21,9 @@ from tickwork.results import (
 )
 
 T = TypeVar("T")
+
+# A file on disk is there until it is deleted.
+LAST = datetime.max.replace(tzinfo=UTC)
 
 
 class RestClient:
@@ -118,6 +123,33 @@ class RestClient:
     async def set_checkpoint_ttl_from_tinker_path_async(self, tinker_path: str, ttl_seconds: int | None) -> None:
         """``set_checkpoint_ttl_from_tinker_path``, awaited."""
         await self.set_checkpoint_ttl_from_tinker_path(tinker_path, ttl_seconds)
+
+    def copy_weights(
+        self, path: str, destination_project_id: str | None = None, *, ttl_seconds: int | None = None
+    ) -> Future[str]:
+        """Copy a checkpoint into a run of its own and return its path."""
+        copy = self._catalogue.copy
+        return self._call(lambda: copy(path, ttl_seconds=ttl_seconds, project_id=destination_project_id))
+
+    async def copy_weights_async(
+        self, path: str, destination_project_id: str | None = None, *, ttl_seconds: int | None = None
+    ) -> str:
+        """``copy_weights``, awaited."""
+        return await self.copy_weights(path, destination_project_id, ttl_seconds=ttl_seconds)
+
+    def get_external_weights_urls(self, tinker_path: str) -> Future[ExternalWeightsUrlsResponse]:
+        """Return where the files of a checkpoint for download are: in process, on this machine's disk."""
+        return self._call(lambda: self._urls(tinker_path))
+
+    async def get_external_weights_urls_async(self, tinker_path: str) -> ExternalWeightsUrlsResponse:
+        """``get_external_weights_urls``, awaited."""
+        return await self.get_external_weights_urls(tinker_path)
+
+    def _urls(self, path: str) -> ExternalWeightsUrlsResponse:
+        if _parse(path).checkpoint_type != "external":
+            raise InvalidRequestError(f"{path!r} is not for download: use save_weights_external", field="tinker_path")
+        urls = {name: file.as_uri() for name, file in self._catalogue.files(path).items()}
+        return ExternalWeightsUrlsResponse(urls, self._catalogue.meta(path).expires_at or LAST)
 
     def _call(self, act: Callable[[], T]) -> Future[T]:
         return self._host.submit(lambda: self._host.call(act))

@@ -10,11 +10,11 @@ from tickwork.clients.host import Host
 from tickwork.clients.ready import Ready
 from tickwork.convert import as_prompt, as_sampling_params
 from tickwork.engine.request import Request
-from tickwork.errors import InvalidRequestError
 from tickwork.futures import Future
 from tickwork.models import load_tokenizer
 from tickwork.requests import Sample
 from tickwork.results import SampleResponse
+from tickwork.tensors import TensorData, as_tensor_data
 from tickwork.types import ModelInput, SamplingParams
 
 SCORE_ONLY = SamplingParams(max_tokens=1, seed=0)
@@ -42,7 +42,7 @@ class SamplingClient(Ready):
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
         topk_sample_logprobs: int = 0,
-        target_prompt_logprobs: None = None,
+        target_prompt_logprobs: TensorData | None = None,
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
     ) -> Future[SampleResponse]:
@@ -55,16 +55,18 @@ class SamplingClient(Ready):
             include_prompt_logprobs: also score each prompt token (the first has no score).
             topk_prompt_logprobs: also return that many most likely tokens at each prompt position.
             topk_sample_logprobs: also return that many most likely tokens at each drawn position.
-            target_prompt_logprobs: not offered; refused unless None.
-            prompt_alt_tokens_k: not offered; refused unless 0.
+            target_prompt_logprobs: int64 ``[len(prompt) - 1, K]``, dense or sparse: tokens to score at each prompt
+                position after the first; -1, or not listed, asks for nothing.
+            prompt_alt_tokens_k: also draw that many tokens at each prompt position after the first, at the request's
+                temperature.
             prompt_logprobs_last_n: score only that many prompt tokens, from the end.
 
         Returns:
             a future; its ``cancel()`` ends the drawing before the next token.
         """
         scores = (include_prompt_logprobs, topk_prompt_logprobs, topk_sample_logprobs, prompt_logprobs_last_n)
-        refused = (target_prompt_logprobs, prompt_alt_tokens_k)
-        return self._host.submit(partial(self._request, prompt, num_samples, sampling_params, scores, refused))
+        others = (target_prompt_logprobs, prompt_alt_tokens_k)
+        return self._host.submit(partial(self._request, prompt, num_samples, sampling_params, scores, others))
 
     async def sample_async(
         self,
@@ -74,7 +76,7 @@ class SamplingClient(Ready):
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
         topk_sample_logprobs: int = 0,
-        target_prompt_logprobs: None = None,
+        target_prompt_logprobs: TensorData | None = None,
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
     ) -> SampleResponse:
@@ -83,8 +85,8 @@ class SamplingClient(Ready):
         Cancel: the drawing is abandoned, since nobody else holds its future.
         """
         scores = (include_prompt_logprobs, topk_prompt_logprobs, topk_sample_logprobs, prompt_logprobs_last_n)
-        refused = (target_prompt_logprobs, prompt_alt_tokens_k)
-        build = partial(self._request, prompt, num_samples, sampling_params, scores, refused)
+        others = (target_prompt_logprobs, prompt_alt_tokens_k)
+        build = partial(self._request, prompt, num_samples, sampling_params, scores, others)
         future: Future[SampleResponse] = await self._host.submit_async(build)
         try:
             return await future
@@ -134,11 +136,10 @@ class SamplingClient(Ready):
         num_samples: int,
         sampling_params: SamplingParams,
         scores: tuple[bool, int, int, int | None],
-        refused: tuple[Any, int],
+        others: tuple[Any, int],
     ) -> Request:
-        for name, value in zip(("target_prompt_logprobs", "prompt_alt_tokens_k"), refused, strict=True):
-            if value:
-                raise InvalidRequestError("is not offered; use topk_prompt_logprobs or compute_logprobs", field=name)
         tokens = as_prompt(prompt)
-        payload = Sample(self._key, tokens, num_samples, as_sampling_params(sampling_params), *scores)
+        targets = None if others[0] is None else as_tensor_data(others[0], "target_prompt_logprobs")
+        params = as_sampling_params(sampling_params)
+        payload = Sample(self._key, tokens, num_samples, params, *scores, targets, others[1])
         return Request("sample", self._lane, payload, tokens=len(tokens))

@@ -21,9 +21,11 @@ from tickwork.results import (
     GetInfoResponse,
     LoadWeightsResponse,
     OptimStepResponse,
+    SaveWeightsExternalResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
 )
+from tickwork.seal import check_recipients
 from tickwork.types import AdamParams, Datum
 
 Metadata = Mapping[str, str] | None
@@ -140,6 +142,24 @@ class TrainingClient(Ready):
         build = partial(self._save, "sampler_weights", name, ttl_seconds, False, user_metadata)
         return (await self._host.submit_async(build)).then(lambda saved: SaveWeightsForSamplerResponse(saved.path))
 
+    def save_weights_external(
+        self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: Sequence[str] | None = None
+    ) -> Future[SaveWeightsExternalResponse]:
+        """Save the adapter for download, in PEFT's layout; it can not be loaded again.
+
+        Args:
+            name: 1 to 200 characters without a slash.
+            ttl_seconds: time to live; None lives until deleted.
+            age_encryption_recipients: age or SSH public keys that the files are encrypted for; needs ``pyrage``.
+        """
+        return self._host.submit(partial(self._export, name, ttl_seconds, age_encryption_recipients))
+
+    async def save_weights_external_async(
+        self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: Sequence[str] | None = None
+    ) -> Future[SaveWeightsExternalResponse]:
+        """``save_weights_external``, once accepted."""
+        return await self._host.submit_async(partial(self._export, name, ttl_seconds, age_encryption_recipients))
+
     def load_state(self, path: str, weights_access_token: None = None) -> Future[LoadWeightsResponse]:
         """Load weights; the optimizer starts afresh and the accumulated gradient is dropped."""
         return self._host.submit(partial(self._load, path, False, weights_access_token))
@@ -159,20 +179,21 @@ class TrainingClient(Ready):
         return await self._host.submit_async(partial(self._load, path, True, weights_access_token))
 
     def save_weights_and_get_sampling_client(
-        self, name: str | None = None, *, kind: Literal["snapshot"] = "snapshot"
+        self, name: str | None = None, *, kind: Literal["snapshot", "inflight"] = "snapshot"
     ) -> SamplingClient:
         """Return a sampling client of the weights as they are at this point of the order of calls.
 
         Args:
-            name: not used for a snapshot, which has no name; refused unless None.
-            kind: ``"snapshot"``; ``"inflight"`` (weights that follow training) is not offered.
+            name: such a sampler has no name; refused unless None.
+            kind: ``"snapshot"``: weights that stay; ``"inflight"``: weights that follow each later call of this kind,
+                also while a sample is being drawn.
         """
         key = self._host.next_id("sample")
         ready = self._host.submit(partial(self._snapshot, key, name, kind))
         return SamplingClient(self._host, key, self.model_id, ready, None)
 
     async def save_weights_and_get_sampling_client_async(
-        self, name: str | None = None, *, kind: Literal["snapshot"] = "snapshot"
+        self, name: str | None = None, *, kind: Literal["snapshot", "inflight"] = "snapshot"
     ) -> SamplingClient:
         """``save_weights_and_get_sampling_client``, once the weights are there."""
         key = self._host.next_id("sample")
@@ -216,6 +237,11 @@ class TrainingClient(Ready):
     ) -> Request:
         return build.save(Save(self.model_id, kind, name, ttl_seconds, overwrite, user_metadata))
 
+    def _export(self, name: str, ttl_seconds: int | None, recipients: Sequence[str] | None) -> Request:
+        return build.save(
+            Save(self.model_id, "external_weights", name, ttl_seconds, recipients=check_recipients(recipients or ()))
+        )
+
     def _load(self, path: str, with_optimizer: bool, weights_access_token: None) -> Request:
         if weights_access_token is not None:
             raise InvalidRequestError("in process there are no access tokens", field="weights_access_token")
@@ -224,9 +250,9 @@ class TrainingClient(Ready):
     def _snapshot(self, key: str, name: str | None, kind: str) -> Request:
         if name is not None:
             raise InvalidRequestError("a snapshot has no name: use save_weights_for_sampler", field="name")
-        if kind != "snapshot":
-            raise InvalidRequestError(f"{kind!r} is not offered, only 'snapshot'", field="kind")
-        return Request("step", self.model_id, OpenSampler(key, model_id=self.model_id))
+        if kind not in ("snapshot", "inflight"):
+            raise InvalidRequestError(f"{kind!r} is neither 'snapshot' nor 'inflight'", field="kind")
+        return Request("step", self.model_id, OpenSampler(key, model_id=self.model_id, inflight=kind == "inflight"))
 
 
 def open_sampler(host: Host, path: str | None, base_model: str | None) -> SamplingClient:

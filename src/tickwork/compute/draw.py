@@ -8,18 +8,16 @@ from typing import Any
 
 import attrs
 import numpy as np
-import torch
 
 from tickwork.compute.choose import Recipe
 from tickwork.compute.lora import Adapter
+from tickwork.compute.prompt import PromptScores, Ranked
 from tickwork.convert import is_finite
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError
 from tickwork.requests import Sample
 from tickwork.results import SampledSequence, SampleResponse
 from tickwork.types import SamplingParams, StopReason
-
-Ranked = list[tuple[int, float]]
 
 # Below this, but not at 0, float32 logits divided by the temperature overflow.
 COLDEST = 1e-5
@@ -81,9 +79,8 @@ class Draw:
     """A sampling request between its admission and its answer.
 
     Args:
+        prompt: what is asked of the prompt.
         prefilled: prompt tokens whose keys and values are cached.
-        scores: logprob of each prompt token scored so far, by position.
-        ranked: most likely tokens at each prompt position scored so far.
     """
 
     request: Request
@@ -93,10 +90,9 @@ class Draw:
     stop: StopRule
     budget: int
     seed: int
+    prompt: PromptScores
     strands: list[Strand] = attrs.Factory(list)
     prefilled: int = 0
-    scores: dict[int, float] = attrs.Factory(dict)
-    ranked: dict[int, Ranked] = attrs.Factory(dict)
 
     @property
     def decoding(self) -> bool:
@@ -112,13 +108,6 @@ class Draw:
     def done(self) -> bool:
         """Whether every sequence has stopped."""
         return bool(self.strands) and all(strand.reason for strand in self.strands)
-
-    def first_scored(self) -> int:
-        """The first prompt position to score; the prompt's length where none is."""
-        length, last = len(self.payload.prompt), self.payload.prompt_logprobs_last_n
-        if not self.payload.include_prompt_logprobs and not self.payload.topk_prompt_logprobs:
-            return length
-        return max(1, 0 if last is None else length - last)
 
     def random(self, index: int) -> np.random.Generator:
         """Random numbers of one sequence: a function of the request's seed and its index alone."""
@@ -138,7 +127,7 @@ class Draw:
 
     def answer(self) -> SampleResponse:
         """Build the response, once ``done``."""
-        payload, length = self.payload, len(self.payload.prompt)
+        payload = self.payload
         name = secrets.token_hex(8)
         sequences = [
             SampledSequence(
@@ -152,9 +141,24 @@ class Draw:
         ]
         return SampleResponse(
             sequences,
-            [self.scores.get(i) for i in range(length)] if payload.include_prompt_logprobs else None,
-            [self.ranked.get(i) for i in range(length)] if payload.topk_prompt_logprobs else None,
+            self.prompt.prompt_logprobs(),
+            self.prompt.topk(),
+            target_prompt_logprobs=self.prompt.targets(),
+            prompt_alt_tokens=self.prompt.alt_tokens(),
         )
+
+    def afresh(self) -> Draw:
+        """Return the same request, not begun."""
+        prompt = PromptScores(
+            self.payload,
+            self.recipe.temperature,
+            self.seed,
+            self.prompt.cells,
+            self.prompt.found,
+            self.prompt.alternatives,
+            self.prompt.alternative_scores,
+        )
+        return Draw(self.request, self.payload, self.adapter, self.recipe, self.stop, self.budget, self.seed, prompt)
 
 
 def open_draw(
@@ -181,7 +185,9 @@ def open_draw(
         )
     recipe = Recipe(float(params.temperature), params.top_k, float(params.top_p))
     seed = secrets.randbits(63) if params.seed is None else params.seed
-    return Draw(request, payload, adapter, recipe, _stop_rule(params, vocab_size, stop_ids, decode), budget, seed)
+    stop = _stop_rule(params, vocab_size, stop_ids, decode)
+    prompt = PromptScores.of(payload, recipe.temperature, seed, vocab_size)
+    return Draw(request, payload, adapter, recipe, stop, budget, seed, prompt)
 
 
 def _check(payload: Sample, vocab_size: int, context: int) -> None:
@@ -247,9 +253,3 @@ def _stop_rule(params: SamplingParams, vocab_size: int, stop_ids: Collection[int
         f"{stop!r}; None, a non-empty string, a list of such strings, or a list of token ids below {vocab_size}",
         field="sampling_params.stop",
     )
-
-
-def rank(logp: torch.Tensor, count: int) -> list[Ranked]:
-    """Return the ``count`` most likely ``(id, logprob)`` of each row of ``[n, V]``."""
-    values, ids = logp.topk(count, -1)
-    return [list(zip(row, val, strict=True)) for row, val in zip(ids.tolist(), values.tolist(), strict=True)]

@@ -11,21 +11,18 @@ import torch
 
 from tickwork.compute.cache import KVPool
 from tickwork.compute.choose import choose
-from tickwork.compute.draw import Draw, Ranked, Strand, open_draw, rank
+from tickwork.compute.draw import Draw, Strand, open_draw
 from tickwork.compute.failure import out_of_memory
 from tickwork.compute.lora import Adapter
 from tickwork.compute.model import BaseModel
+from tickwork.compute.prompt import Ranked, rank
 from tickwork.compute.rows import Row, pack
 from tickwork.engine.request import Outcome, Request
 from tickwork.errors import CapacityError, RequestCancelledError
 from tickwork.models import load_tokenizer
-from tickwork_kernels import Lora, head_logits, hold_logprobs
+from tickwork_kernels import head_logits
 
 Drawn = tuple[Draw, Strand, int, float, Ranked | None]
-
-
-# Logits of a prompt that are ranked at once, for top logprobs.
-RANKED_LOGITS = 2**22
 
 
 class Sampler:
@@ -129,8 +126,7 @@ class Sampler:
                 "lower num_samples or max_tokens"
             )
             return [Outcome(draw.request, error=error)]
-        fresh = Draw(draw.request, draw.payload, draw.adapter, draw.recipe, draw.stop, draw.budget, draw.seed)
-        self._waiting.appendleft(fresh)
+        self._waiting.appendleft(draw.afresh())
         self._max_cached = max(1, sum(len(other.strands) * other.reach for other in self._active))
         return []
 
@@ -189,26 +185,12 @@ class Sampler:
             each.length = draw.prefilled
 
     def _score(self, draw: Draw, row: Row, hidden: torch.Tensor) -> None:
-        """Score the prompt tokens that follow this part's positions, under the plain distribution."""
-        prompt = draw.payload.prompt
-        begin = max(row.start + 1, draw.first_scored())
-        end = min(row.start + len(row.tokens) + 1, len(prompt))
-        if begin >= end:
-            return
-        states = hidden[begin - 1 - row.start : end - 1 - row.start]
-        lora = None if draw.adapter is None else draw.adapter.head
-        targets = torch.tensor(prompt[begin:end], device=hidden.device)[:, None]
-        logprobs = hold_logprobs(states, targets, self._base.head, lora).logprobs[:, 0].tolist()
-        draw.scores.update(zip(range(begin, end), logprobs, strict=True))
-        if draw.payload.topk_prompt_logprobs:
-            self._rank_prompt(draw, states, lora, begin)
-
-    def _rank_prompt(self, draw: Draw, states: torch.Tensor, lora: Lora | None, begin: int) -> None:
-        size = max(1, RANKED_LOGITS // self._base.head.weight.shape[0])
-        for at in range(0, len(states), size):
-            logp = head_logits(states[at : at + size], self._base.head, lora).log_softmax(-1)
-            for index, ranked in enumerate(rank(logp, draw.payload.topk_prompt_logprobs)):
-                draw.ranked[begin + at + index] = ranked
+        """Look at the prompt tokens that follow this part's positions."""
+        begin = max(row.start + 1, draw.prompt.first())
+        end = min(row.start + len(row.tokens) + 1, len(draw.payload.prompt))
+        if begin < end:
+            lora = None if draw.adapter is None else draw.adapter.head
+            draw.prompt.read(hidden[begin - 1 - row.start : end - 1 - row.start], begin, self._base.head, lora)
 
     def _draw(self, ready: list[tuple[Draw, Strand]], places: list[int], hidden: torch.Tensor) -> list[Drawn]:
         """Draw the next token of each ready sequence; those with equal adapter and settings together."""

@@ -8,38 +8,31 @@ from collections.abc import Callable, Sequence
 import attrs
 import torch
 
-from tickwork.catalogue import Catalogue, Meta, Run
+from tickwork.catalogue import Catalogue
 from tickwork.compute.failure import failure
+from tickwork.compute.graph import make_loss
 from tickwork.compute.lora import Adapter
 from tickwork.compute.losses import check
 from tickwork.compute.model import DTYPES, BaseModel
 from tickwork.compute.optimizer import Trainable, step_together
 from tickwork.compute.passes import Progress, run_pass
 from tickwork.compute.sampler import Sampler
+from tickwork.compute.weights import Shelf, TrainingModel, Weights
 from tickwork.engine.plan import Pass, Stage
 from tickwork.engine.request import Outcome, Request
 from tickwork.errors import InvalidRequestError, ModelLoadError, RequestFailedError
 from tickwork.models import locate
-from tickwork.requests import CreateModel, ForwardBackward, Load, OpenSampler, OptimStep, Release, Save
-from tickwork.results import GetInfoResponse, LoadWeightsResponse, OptimStepResponse, SaveWeightsResponse
+from tickwork.records import Meta, Run
+from tickwork.requests import CreateModel, ForwardBackward, Load, MakeLoss, OpenSampler, OptimStep, Release, Save
+from tickwork.results import (
+    GetInfoResponse,
+    LoadWeightsResponse,
+    OptimStepResponse,
+    SaveWeightsExternalResponse,
+    SaveWeightsResponse,
+)
 from tickwork.store import Store
 from tickwork.types import LoraConfig
-
-
-@attrs.define(eq=False)
-class TrainingModel:
-    """A training client's model."""
-
-    base: BaseModel
-    state: Trainable
-
-
-@attrs.define(eq=False)
-class Weights:
-    """What a sampling client samples from: a fixed snapshot, or the bare base."""
-
-    base: BaseModel
-    adapter: Adapter | None
 
 
 class Device:
@@ -66,6 +59,7 @@ class Device:
         self._bases: dict[str, BaseModel] = {}
         self._models: dict[str, TrainingModel] = {}
         self._weights: dict[str, Weights] = {}
+        self._shelf = Shelf(self._base, self._model, self._store, self._device)
         self._samplers: dict[str, Sampler] = {}
         self._progress: dict[Request, Progress | None] = {}
         self._lost: dict[str, RequestFailedError] = {}
@@ -75,6 +69,7 @@ class Device:
             Save: self._save,
             Load: self._load,
             OpenSampler: self._open_sampler,
+            MakeLoss: lambda ask: make_loss(ask.graph),
             Release: self._release,
         }
 
@@ -197,14 +192,16 @@ class Device:
         state = Trainable(adapter)
         if saved is not None:
             saved.restore(state, with_optimizer=ask.with_optimizer)
-        self._store.catalogue.open_run(Run(ask.model_id, name, lora, dict(ask.user_metadata or {})))
+        run = Run(ask.model_id, name, lora, dict(ask.user_metadata or {}))
+        run = attrs.evolve(run, owner=ask.owner, session_id=ask.session_id, project_id=ask.project_id)
+        self._store.catalogue.open_run(run)
         self._models[ask.model_id] = TrainingModel(base, state)
         return base.info(ask.model_id, adapter)
 
     def _optim_step(self, ask: OptimStep) -> OptimStepResponse:
         return OptimStepResponse(self._model(ask.model_id).state.step(ask.params))
 
-    def _save(self, ask: Save) -> SaveWeightsResponse:
+    def _save(self, ask: Save) -> SaveWeightsResponse | SaveWeightsExternalResponse:
         model = self._model(ask.model_id)
         meta = Meta(
             run_id=ask.model_id,
@@ -215,7 +212,10 @@ class Device:
             steps=model.state.steps,
             user_metadata=dict(ask.user_metadata or {}),
         )
-        return SaveWeightsResponse(self._store.write(meta, model.state, ask.ttl_seconds, ask.overwrite))
+        path = self._store.write(meta, model.state, ask.ttl_seconds, ask.overwrite, ask.recipients)
+        if ask.kind != "external_weights":
+            return SaveWeightsResponse(path)
+        return SaveWeightsExternalResponse(path, sum(self._store.catalogue.meta(path).sizes.values()))
 
     def _load(self, ask: Load) -> LoadWeightsResponse:
         model = self._model(ask.model_id)
@@ -226,24 +226,10 @@ class Device:
 
     def _open_sampler(self, ask: OpenSampler) -> None:
         try:
-            self._weights[ask.key] = self._open(ask)
+            self._weights[ask.key] = self._shelf.open(ask)
         except Exception as error:
             self._lost[ask.key] = failure(error)
             raise
-
-    def _open(self, ask: OpenSampler) -> Weights:
-        if ask.model_id is not None:
-            model = self._model(ask.model_id)
-            return Weights(model.base, model.state.adapter.snapshot())
-        if ask.path is None:
-            return Weights(self._base(ask.base_model or ""), None)
-        saved = self._store.read(ask.path)
-        if ask.base_model not in (None, saved.meta.base_model):
-            raise InvalidRequestError(f"{ask.path} was trained on {saved.meta.base_model!r}", field="base_model")
-        base = self._base(saved.meta.base_model)
-        adapter = Adapter(base.shapes, saved.meta.lora, saved.meta.lora.seed or 0, self._device)
-        saved.restore(Trainable(adapter), with_optimizer=False)
-        return Weights(base, adapter)
 
     def _release(self, ask: Release) -> None:
         for held in (self._models, self._weights, self._lost):

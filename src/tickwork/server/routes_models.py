@@ -45,6 +45,7 @@ async def create_model(server: Server, owner: str, request: HttpRequest) -> Resp
             user_metadata={**session.user_metadata, **(ask.user_metadata or {})},
             owner=owner,
             session_id=session.session_id,
+            project_id=session.project_id,
         )
         return build.create_model(wanted, ask.optimizer_config)
 
@@ -142,6 +143,7 @@ def _created_by_load(server: Server, owner: str, ask: bodies.LoadWeights, denied
             {**session.user_metadata, **(ask.user_metadata or {})},
             owner=owner,
             session_id=session.session_id,
+            project_id=session.project_id,
         )
         return build.create_model(wanted, ask.optimizer_config)
 
