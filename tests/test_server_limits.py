@@ -138,7 +138,7 @@ def test_models_of_one_key_are_bounded(ann, bob):
 
 def test_tokens_in_flight_are_bounded(ann):
     model = ann.model(ann.mine)
-    held = ann.forward_backward(model, 2, [datum([1] * 900)])
+    held = ann.forward_backward(model, 2, [datum([1] * 451), datum([1] * 451)])
     assert held.status_code == 200
     full = ann.forward_backward(model, 3, [datum([1] * 200)])
     assert full.status_code == 429

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import tinker
 from tinker import types
 
-from served import TINY, Raw, datum, sdk
+from served import KEY, TINY, Raw, datum, sdk
 
 TICKWORK = str(Path(sys.executable).parent / "tickwork")
 
@@ -71,21 +72,22 @@ def test_keys_let_in_and_keep_out(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(tmp_path, number):
     with serve(tmp_path) as (process, url):
-        with sdk(url) as service:
-            client = service.create_lora_training_client(TINY, rank=4).result(60)
-            futures = [client.forward_backward([datum([1] * 100)] * 20, "cross_entropy") for _ in range(4)]
-            saved = client.save_state("kept")
-            client.optim_step(types.AdamParams()).future()
-            futures[0].result(60)
-            process.send_signal(number)
-            assert all(future.result(60).metrics["loss:sum"] > 0 for future in futures)
-            assert saved.result(60).path.endswith("/weights/kept")
-            with Raw(url) as raw:
-                refused = raw.post("create_session", {"tags": [], "sdk_version": "x", "user_metadata": {}})
-                assert refused.status_code == 503
-                assert "retry-after" in refused.headers
+        # Not closed: its server is gone by then, and it would try for a minute.
+        service = tinker.ServiceClient(base_url=url, api_key=KEY)
+        client = service.create_lora_training_client(TINY, rank=4).result(60)
+        futures = [client.forward_backward([datum([1] * 100)] * 20, "cross_entropy") for _ in range(4)]
+        saved = client.save_state("kept")
+        futures[0].result(60)
+        process.send_signal(number)
+        while "finishing" not in process.stderr.readline():
+            pass
+        with Raw(url) as raw:
+            refused = raw.post("create_session", {"tags": [], "sdk_version": "x", "user_metadata": {}})
+            assert refused.status_code == 503
+            assert "retry-after" in refused.headers
+        assert all(future.result(60).metrics["loss:sum"] > 0 for future in futures)
+        assert saved.result(60).path.endswith("/weights/kept")
         assert process.wait(30) == 0
-        assert "finishing" in process.stderr.read()
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):

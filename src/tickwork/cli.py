@@ -46,7 +46,14 @@ class Command(click.Group):
         except BaseExceptionGroup as group:
             if group.subgroup(KeyboardInterrupt) is not None:
                 raise click.Abort from None
-            raise
+            known, other = group.split((tickwork.TickworkError, OSError))
+            if known is None or other is not None:
+                raise
+            raise click.ClickException(str(_first(known))) from None
+
+
+def _first(error: BaseException) -> BaseException:
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 @click.group(cls=Command)

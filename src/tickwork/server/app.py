@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from tickwork.server import routes_catalogue as catalogue
 from tickwork.server import routes_futures as futures
@@ -19,6 +20,7 @@ from tickwork.server import routes_search as search
 from tickwork.server import routes_session as session
 from tickwork.server import routes_training as training
 from tickwork.server.answers import HttpError, refusal
+from tickwork.server.drain import drained
 from tickwork.server.numbered import Act
 from tickwork.server.server import Server
 
@@ -81,13 +83,13 @@ ROUTES: tuple[tuple[str, str, Act], ...] = (
 )
 
 
-def make_app(server: Server) -> Starlette:
+def make_app(server: Server) -> ASGIApp:
     """Return the application of a server."""
     routes = [Route(f"/api/v1/{path}", _endpoint(server, act), methods=[method]) for method, path, act in ROUTES]
     routes.append(Route("/api/v1/healthz", _open(server, session.healthz)))
     download = "/api/v1/downloads/{until:int}/{signature}/{run_id}/{name}/{file}"
     routes.append(Route(download, _open(server, catalogue.download)))
-    return Starlette(routes=routes, exception_handlers={HTTPException: _not_found})
+    return drained(Starlette(routes=routes, exception_handlers={HTTPException: _not_found}))
 
 
 def _endpoint(server: Server, act: Act) -> Callable[[HttpRequest], Awaitable[Response]]:

@@ -89,6 +89,15 @@ class Lane:
         """Name a request: the same number, the same name, whatever became of it."""
         return f"{self.model_id}:r{seq_id}"
 
+    def check_number(self, seq_id: int) -> None:
+        """Refuse a number that is no successor of any.
+
+        Raises:
+            HttpError: 422.
+        """
+        if not 1 <= seq_id <= self.next + MOST_AHEAD:
+            raise HttpError(422, f"seq_id: {seq_id} where about {self.next} is expected; numbers start at 1")
+
     def seen(self, seq_id: int) -> bool:
         """Whether a number has been taken before."""
         return seq_id in self.held or (seq_id < self.next and seq_id not in self.given_up)
@@ -97,10 +106,8 @@ class Lane:
         """Refuse a request for which there is no room; never the next one, on which others wait.
 
         Raises:
-            HttpError: 429, or 422 for a number that is no successor of any.
+            HttpError: 429.
         """
-        if not 1 <= seq_id <= self.next + MOST_AHEAD:
-            raise HttpError(422, f"seq_id: {seq_id} where about {self.next} is expected; numbers start at 1")
         full = self.promises.weight(self.owner) + weight > limit or len(self.held) >= MOST_HELD
         if full and seq_id > self.next:
             raise HttpError(429, "too much is in flight: fetch results first", {"retry-after": "1"})

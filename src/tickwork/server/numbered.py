@@ -50,6 +50,7 @@ def numbered(
 ) -> Response:
     """Put a request into its model's lane; what is wrong with it is told by its promise."""
     lane = server.sessions.model(model_id, owner).lane
+    lane.check_number(seq_id)
     if not lane.seen(seq_id):
         server.refuse_when_stopping()
         lane.check_room(seq_id, weight, server.settings.max_tokens_in_flight)

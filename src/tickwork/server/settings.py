@@ -79,7 +79,7 @@ class Settings:
     store: str | os.PathLike[str] | None = None
     host: str = "127.0.0.1"
     port: int = 8000
-    keys: Keys = attrs.field(factory=Keys, converter=lambda given: given if isinstance(given, Keys) else Keys(given))
+    keys: Keys = attrs.field(factory=Keys)
     device: str | None = None
     dtype: str | None = None
     cycle_period: float = 0.0
