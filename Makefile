@@ -2,13 +2,18 @@
 # make demo-rl   the same by reward
 # make test      install, lint, type-check, test
 # make bench     the tables of speeds
+# make test-sdk-matrix   three generations of the official SDK against one server
+# make test-cookbook     recipes of the official cookbook against a server
 
 PYTHON ?= python3
 VENV   ?= .venv
 PIP     = $(VENV)/bin/pip --disable-pip-version-check --quiet
 PIN     = --constraint .ci/constraints.txt
 
-.PHONY: demo demo-rl test lint bench clean
+SDKS     = 0.38.0 0.25.0 0.24.1
+COOKBOOK = .venv-cookbook
+
+.PHONY: demo demo-rl test lint bench test-sdk-matrix test-cookbook clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/tickwork demo
@@ -29,8 +34,14 @@ bench: $(VENV)/.installed-test
 	$(VENV)/bin/python -m bench
 	$(VENV)/bin/python -m bench kernels
 
+test-sdk-matrix: $(VENV)/.installed-test $(SDKS:%=.venv-sdk-%/.installed)
+	$(VENV)/bin/python -m pytest tests/matrix.py
+
+test-cookbook: $(VENV)/.installed-test $(COOKBOOK)/.installed
+	$(VENV)/bin/python -m pytest tests/cookbook.py
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-sdk-* $(COOKBOOK) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -42,3 +53,8 @@ $(VENV)/.installed: $(VENV)/bin/pip pyproject.toml .ci/constraints.txt
 $(VENV)/.installed-test: $(VENV)/bin/pip pyproject.toml .ci/constraints.txt
 	$(PIP) install $(PIN) --editable '.[test]'
 	touch $@ $(VENV)/.installed
+
+.venv-sdk-%/.installed:
+	$(PYTHON) -m venv .venv-sdk-$*
+	.venv-sdk-$*/bin/pip --disable-pip-version-check --quiet install tinker==$*
+	touch $@
