@@ -58,3 +58,9 @@ $(VENV)/.installed-test: $(VENV)/bin/pip pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv .venv-sdk-$*
 	.venv-sdk-$*/bin/pip --disable-pip-version-check --quiet install tinker==$*
 	touch $@
+
+$(COOKBOOK)/.installed: .ci/cookbook.txt .ci/constraints.txt
+	$(PYTHON) -m venv $(COOKBOOK)
+	$(COOKBOOK)/bin/pip --disable-pip-version-check --quiet install $(PIN) --requirement .ci/cookbook.txt
+	$(COOKBOOK)/bin/pip --disable-pip-version-check --quiet install --no-deps tinker-cookbook==0.6.1
+	touch $@

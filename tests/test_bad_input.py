@@ -229,8 +229,8 @@ BAD_SAMPLING: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "prompt too long": ({}, {"prompt": LONG}, r"prompt: 513 tokens; the model's context is 512"),
     "last_n 0": ({}, {"include_prompt_logprobs": True, "prompt_logprobs_last_n": 0}, r"prompt_logprobs_last_n: 0"),
     "too many top logprobs": ({}, {"topk_prompt_logprobs": 265}, r"topk_prompt_logprobs"),
-    "alternative tokens": ({}, {"prompt_alt_tokens_k": 2}, r"prompt_alt_tokens_k: is not offered"),
-    "target logprobs": ({}, {"target_prompt_logprobs": [1]}, r"target_prompt_logprobs: is not offered"),
+    "alternative tokens": ({}, {"prompt_alt_tokens_k": -2}, r"prompt_alt_tokens_k: -2"),
+    "target logprobs": ({}, {"target_prompt_logprobs": [1]}, r"target_prompt_logprobs"),
 }
 
 

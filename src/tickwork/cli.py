@@ -19,6 +19,7 @@ from rich.table import Table
 
 import tickwork
 from tickwork.catalogue import Catalogue
+from tickwork.cli_conformance import conformance
 from tickwork.cli_server import new_key, serve
 from tickwork.models import supported
 from tickwork.results import as_json
@@ -64,6 +65,7 @@ def main() -> None:
 
 main.add_command(serve)
 main.add_command(new_key)
+main.add_command(conformance)
 
 
 @main.group(invoke_without_command=True)
