@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tinker import types
 
 from served import KEY, PROTOBUF, TINY, TOKENS, Raw, datum, pass_body
 from tickwork.server import Settings, serving
@@ -240,3 +241,14 @@ def test_a_connection_that_ends_within_a_body(raw):
     with socket.create_connection((host, port)) as connection:
         head = f"POST /api/v1/forward_backward HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\nContent-Type: {PROTOBUF}\r\n"
         connection.sendall(f"{head}Content-Length: 1000\r\n\r\nabc".encode())
+
+
+@pytest.mark.parametrize("name", ["target_tokens", "weights"])
+def test_a_few_bytes_that_claim_a_huge_tensor(raw, name):
+    huge = types.TensorData([1], "int64" if name == "target_tokens" else "float32", [10, 2**40], [0] + [1] * 10, [0])
+    bad = datum()
+    bad = types.Datum(bad.model_input, {**bad.loss_fn_inputs, name: huge})
+    promise = raw.forward_backward(raw.model(), 1, [bad]).json()
+    failed = raw.result(promise["request_id"])
+    assert failed["category"] == "user"
+    assert str(2**40) in failed["error"]

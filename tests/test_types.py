@@ -82,12 +82,25 @@ def test_lists_take_their_dtype_from_the_name() -> None:
         (([1.0], "float32", [2, 2], [0, 1, 1]), "go together"),
         (([1.0], "float32", [2, 2], [0, 1], [0]), "row starts do not describe"),
         (([1.0], "float32", [2, 2], [0, 1, 1], [2]), "column lies outside"),
+        (([1.0], "float32", [-1, -1]), "does not hold 1 values"),
+        (([], "float32", [2**32, 2**32]), "does not hold 0 values"),
+        (([1.5], "int64"), "holds what is not int64"),
+        (([float("nan")], "int64"), "holds what is not int64"),
+        (([2**64 - 1], "int64"), "holds what is not int64"),
+        (([1e300], "int64"), "holds what is not int64"),
+        (([1e300], "float32"), "holds what is not float32"),
     ],
 )
 def test_layouts_are_checked(arguments: tuple[object, ...], message: str) -> None:
     """A shape that the values do not fill, or rows that are none, are refused."""
     with pytest.raises(InvalidRequestError, match=message):
         TensorData(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_sparse_tensor_of_any_shape_is_not_laid_out() -> None:
+    """A few bytes can not ask for all memory."""
+    with pytest.raises(InvalidRequestError, match="more than 67108864 cells"):
+        TensorData([1], "int64", [1, 2**40], [0, 1], [0]).to_numpy()
 
 
 def test_chunks_are_read_one_after_the_other() -> None:

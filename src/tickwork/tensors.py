@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 TensorDtype = Literal["float32", "int64"]
+
+# Cells of what is laid out dense: a sparse tensor of few bytes may claim any shape.
+MOST_CELLS = 2**26
 
 # Which dtype a plain Python list gets, by the name of the loss input it is given for.
 LIST_DTYPES: Mapping[str, TensorDtype] = {
@@ -59,10 +63,7 @@ class TensorData:
     ) -> None:
         if dtype not in ("float32", "int64"):
             raise InvalidRequestError(f"dtype {dtype!r} is not one of 'float32', 'int64'", field="dtype")
-        given = np.asarray(data)
-        if given.size and (given.dtype.kind not in "fiu" or (dtype == "int64" and np.any(given != np.floor(given)))):
-            raise InvalidRequestError(f"holds what is not {dtype}", field="data")
-        values = np.array(given, dtype=dtype).reshape(-1)
+        values = _cast(np.asarray(data), dtype)
         values.setflags(write=False)
         dims = tuple(int(n) for n in shape) if shape is not None else (values.size,)
         crow = None if sparse_crow_indices is None else tuple(int(i) for i in sparse_crow_indices)
@@ -77,9 +78,15 @@ class TensorData:
         return values
 
     def to_numpy(self) -> np.ndarray:
-        """Return the dense array, of ``shape`` and ``dtype``; read-only unless it was sparse."""
+        """Return the dense array, of ``shape`` and ``dtype``; read-only unless it was sparse.
+
+        Raises:
+            InvalidRequestError: it is sparse, and dense it would have more than 2**26 cells.
+        """
         if self.sparse_crow_indices is None or self.sparse_col_indices is None:
             return self._values.reshape(self.shape)
+        if math.prod(self.shape) > MOST_CELLS:
+            raise InvalidRequestError(f"{list(self.shape)} has more than {MOST_CELLS} cells", field="shape")
         dense = np.zeros(self.shape, dtype=self.dtype)
         rows = np.repeat(np.arange(self.shape[0]), np.diff(self.sparse_crow_indices))
         dense[rows, list(self.sparse_col_indices)] = self._values
@@ -124,13 +131,27 @@ class TensorData:
         return cls(array[rows, columns], dense.dtype, array.shape, starts.tolist(), columns.tolist())
 
 
+def _cast(given: np.ndarray, dtype: TensorDtype) -> np.ndarray:
+    """Copy as a flat array of ``dtype``; what it can not hold is refused, not wrapped around or made infinite."""
+    good = given.size == 0 or given.dtype.kind in "fiu"
+    if good and dtype == "int64" and given.dtype.kind != "i":
+        good = bool(np.all((given == np.floor(given)) & (given >= -(2.0**63)) & (given < 2.0**63)))
+    try:
+        if good:
+            with np.errstate(over="raise"):
+                return np.array(given, dtype=dtype).reshape(-1)
+    except FloatingPointError:
+        pass
+    raise InvalidRequestError(f"holds what is not {dtype}", field="data")
+
+
 def _check_layout(
     values: np.ndarray, shape: tuple[int, ...], crow: tuple[int, ...] | None, col: tuple[int, ...] | None
 ) -> None:
     if (crow is None) != (col is None):
         raise InvalidRequestError("sparse_crow_indices and sparse_col_indices go together", field="sparse_crow_indices")
     if crow is None or col is None:
-        if int(np.prod(shape)) != values.size:
+        if math.prod(shape) != values.size or min(shape, default=0) < 0:
             raise InvalidRequestError(f"shape {list(shape)} does not hold {values.size} values", field="shape")
         return
     good = len(shape) == 2 and len(crow) == shape[0] + 1 and len(col) == values.size == crow[-1] and crow[0] == 0

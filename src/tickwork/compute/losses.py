@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from tickwork.compute.failure import first_line, out_of_memory
 from tickwork.convert import is_finite
 from tickwork.errors import InvalidRequestError, LossError
 from tickwork.requests import CustomLoss, ForwardBackward
-from tickwork.tensors import TensorDtype
+from tickwork.tensors import MOST_CELLS, TensorData, TensorDtype
 from tickwork.types import Datum
 from tickwork_kernels.token_losses import Config, Inputs, Pair
 
@@ -46,6 +47,7 @@ def check(payload: ForwardBackward, vocab_size: int, context: int) -> None:
         _check_config(token_loss(payload.loss_fn), payload)
     elif payload.config:
         raise InvalidRequestError("a custom loss takes no configuration: bind it in the callable", field="config")
+    _check_size(payload.data)
     for index, datum in enumerate(payload.data):
         try:
             _check_datum(datum, payload.loss_fn, vocab_size, context)
@@ -95,21 +97,35 @@ def _check_config(loss: kernels.TokenLoss, payload: ForwardBackward) -> None:
             raise InvalidRequestError(f"{value!r} is not a finite number", field=field)
 
 
+def _check_size(data: Sequence[Datum]) -> None:
+    """Check what shapes claim before anything of that size is made: a sparse tensor of few bytes may claim any."""
+    shapes = [datum.loss_fn_inputs["target_tokens"].shape for datum in data if "target_tokens" in datum.loss_fn_inputs]
+    rows, width = sum(math.prod(shape[:1]) for shape in shapes), max((math.prod(s[1:]) for s in shapes), default=0)
+    if rows * width > MOST_CELLS:
+        raise InvalidRequestError(
+            f"target_tokens of {rows} tokens, up to {width} each: at most {MOST_CELLS} cells in one request",
+            field="data",
+        )
+
+
 def _check_datum(datum: Datum, loss_fn: str | CustomLoss, vocab_size: int, context: int) -> None:
     tokens = np.asarray(datum.model_input.to_ints(), dtype=object)  # an id may be too large for any dtype
     if not 0 < len(tokens) <= context:
         raise InvalidRequestError(f"has {len(tokens)} tokens; 1 to {context} are allowed", field="model_input")
     _check_ids(tokens, vocab_size, "model_input")
     targets = _input(datum, "target_tokens", "int64")
-    wide = callable(loss_fn) or loss_fn not in NARROW
-    if targets.ndim not in ((1, 2) if wide else (1,)) or targets.shape[0] != len(tokens) or targets.size == 0:
-        allowed = f"({len(tokens)},)" + (f" or ({len(tokens)}, K)" if wide else "")
-        raise InvalidRequestError(
-            f"shape {targets.shape} does not fit model_input: {allowed} is allowed", field=_field("target_tokens")
-        )
-    _check_ids(targets, vocab_size, _field("target_tokens"))
+    _check_shape(targets.shape, len(tokens), wide=callable(loss_fn) or loss_fn not in NARROW)
+    _check_ids(targets.to_numpy(), vocab_size, _field("target_tokens"))
     if isinstance(loss_fn, str):
         _check_inputs(datum, TOKEN_LOSSES[loss_fn].inputs, targets.shape, loss_fn)
+
+
+def _check_shape(shape: tuple[int, ...], length: int, *, wide: bool) -> None:
+    if len(shape) not in ((1, 2) if wide else (1,)) or shape[0] != length or 0 in shape:
+        allowed = f"({length},)" + (f" or ({length}, K)" if wide else "")
+        raise InvalidRequestError(
+            f"shape {shape} does not fit model_input: {allowed} is allowed", field=_field("target_tokens")
+        )
 
 
 def _check_inputs(datum: Datum, inputs: Sequence[str], shape: tuple[int, ...], loss_fn: str) -> None:
@@ -119,9 +135,10 @@ def _check_inputs(datum: Datum, inputs: Sequence[str], shape: tuple[int, ...], l
                 f"{loss_fn} does not use it; its inputs are target_tokens, {', '.join(inputs)}", field=_field(key)
             )
     for key in inputs:
-        values = _input(datum, key, "float32")
-        if values.shape != shape:
-            raise InvalidRequestError(f"shape {values.shape} is not that of target_tokens, {shape}", field=_field(key))
+        tensor = _input(datum, key, "float32")
+        if tensor.shape != shape:
+            raise InvalidRequestError(f"shape {tensor.shape} is not that of target_tokens, {shape}", field=_field(key))
+        values = tensor.to_numpy()
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
             raise InvalidRequestError(
@@ -129,13 +146,13 @@ def _check_inputs(datum: Datum, inputs: Sequence[str], shape: tuple[int, ...], l
             )
 
 
-def _input(datum: Datum, key: str, dtype: TensorDtype) -> np.ndarray:
+def _input(datum: Datum, key: str, dtype: TensorDtype) -> TensorData:
     if key not in datum.loss_fn_inputs:
         raise InvalidRequestError("is missing", field=_field(key))
     tensor = datum.loss_fn_inputs[key]
     if tensor.dtype != dtype:
         raise InvalidRequestError(f"dtype {tensor.dtype} where {dtype} is needed", field=_field(key))
-    return tensor.to_numpy()
+    return tensor
 
 
 def _check_ids(ids: np.ndarray, vocab_size: int, field: str) -> None:

@@ -36,7 +36,8 @@ def gradients_add_up_over_calls(target: Target) -> str:
 @probe
 def gradients_do_not_depend_on_batch_size(target: Target) -> str:
     """A datum given twice has twice its gradient."""
-    once, twice = target.effect(([target.datum()],)), target.effect(([target.datum()] * 2,))
+    faint = target.datum(weights=[1e-3] * 10)  # small beside eps, so that a step is in proportion to its gradient
+    once, twice = (target.effect(([faint] * count,), learning_rate=5e-3) for count in (1, 2))
     same(twice, 2 * once, "a datum twice against twice a datum", tolerance=0.1 * float(np.abs(once).max()))
     return "a datum given twice pulls twice as hard"
 
