@@ -1,4 +1,4 @@
-"""``python -m bench``: measure, print the table, write ``bench/results``; ``python -m bench kernels`` the kernels'."""
+"""``python -m bench [kernels|server]``: measure, print the table, write it to ``bench/results``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ if sys.argv[1:2] == ["kernels"]:  # before the engine is imported: kernels need 
 
     sys.exit(measure_kernels(sys.argv[2:]))
 
+if sys.argv[1:2] == ["server"]:
+    from bench.server import main as measure_server
+
+    sys.exit(measure_server(sys.argv[2:]))
+
 from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging
 
 from bench import demo, memory, overhead, record, train
+from bench.table import table
 from bench.workloads import Workload, make_qwen40m, qwen40m, tiny
-
-COLUMNS = ("speed", "workload", "ours", "against", "ratio", "wanted")
 
 
 def main() -> None:
@@ -37,7 +40,7 @@ def main() -> None:
             rows += _run(workload.name, lambda w=workload, n=rounds: train.measure(w, n), console)
             if workload.key.endswith("varied"):
                 rows += _run(f"{workload.name}, memory", lambda w=workload: memory.measure(w), console)
-    Console(width=160).print(_table(rows))
+    Console(width=160).print(table(rows))
     console.print(f"written to {record.save('bench', about, rows)}")
 
 
@@ -54,16 +57,6 @@ def _workloads(folder: Path) -> Iterator[Workload]:
     model = make_qwen40m(folder)
     for lengths in ("equal", "varied"):
         yield qwen40m(lengths, model)
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(*COLUMNS)
-    for row in rows:
-        limit = float(row["wanted"].split()[1])
-        met = row["ratio"] >= limit if row["wanted"].startswith(">=") else row["ratio"] <= limit
-        style = "" if met else "bold red"
-        table.add_row(*(str(row[column]) for column in COLUMNS), style=style)
-    return table
 
 
 if __name__ == "__main__":

@@ -76,15 +76,27 @@ def _rows(count: int, lengths: tuple[int, int], vocab: int) -> list[np.ndarray]:
 
 
 def make_qwen40m(folder: Path) -> Path:
-    """Write the random model's folder and return it."""
+    """Write the random 41M-parameter model's folder and return it."""
+    return _make_qwen3(folder, hidden=512, inner=1536, layers=8, heads=8, vocab=32000, tied=True)
+
+
+def make_qwen205k(folder: Path) -> Path:
+    """Write the folder of a random Qwen3 of 205k parameters, on which everything but computing shows; return it."""
+    return _make_qwen3(folder, hidden=64, inner=128, layers=2, heads=4, vocab=1024, tied=False)
+
+
+def _make_qwen3(folder: Path, *, hidden: int, inner: int, layers: int, heads: int, vocab: int, tied: bool) -> Path:
     import torch  # noqa: PLC0415
     from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: PLC0415
 
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
-        body: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
-        heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-        rest: dict[str, Any] = {"vocab_size": 32000, "tie_word_embeddings": True, "max_position_embeddings": 2048}
-        config = Qwen3Config(**body, **heads, **rest)
-        Qwen3ForCausalLM(config).save_pretrained(folder)
+        body: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+        shape: dict[str, Any] = {
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+            "head_dim": hidden // heads,
+        }
+        rest: dict[str, Any] = {"vocab_size": vocab, "tie_word_embeddings": tied, "max_position_embeddings": 2048}
+        Qwen3ForCausalLM(Qwen3Config(**body, **shape, **rest)).save_pretrained(folder)
     return folder

@@ -28,7 +28,14 @@ log = logging.getLogger("tickwork.server")
 
 CHECKPOINT = "training_runs/{run_id}/checkpoints/{kind}/{name}"
 
+# They are tried in this order: what every client asks all the time comes first.
 ROUTES: tuple[tuple[str, str, Act], ...] = (
+    ("POST", "retrieve_future", futures.retrieve_future),
+    ("POST", "retrieve_futures", futures.retrieve_futures),
+    ("POST", "session_heartbeat", session.heartbeat),
+    ("POST", "asample", sampling.sample),
+    ("POST", "forward_backward", training.forward_backward),
+    ("POST", "optim_step", training.optim_step),
     ("POST", "client/config", session.client_config),
     ("POST", "client/dynamic_config", session.dynamic_config),
     ("POST", "auth/token", session.no_token),
@@ -36,7 +43,6 @@ ROUTES: tuple[tuple[str, str, Act], ...] = (
     ("DELETE", "auth/apikey/me", session.revoke_key),
     ("GET", "get_server_capabilities", session.capabilities),
     ("POST", "create_session", session.create_session),
-    ("POST", "session_heartbeat", session.heartbeat),
     ("POST", "sessions/search", search.search_sessions),
     ("POST", "sessions/{session_id}/finish", session.finish_session),
     ("GET", "sessions", session.list_sessions),
@@ -50,9 +56,7 @@ ROUTES: tuple[tuple[str, str, Act], ...] = (
     ("POST", "create_model", models.create_model),
     ("POST", "unload_model", models.unload_model),
     ("POST", "get_info", models.get_info),
-    ("POST", "forward_backward", training.forward_backward),
     ("POST", "forward", training.forward),
-    ("POST", "optim_step", training.optim_step),
     ("POST", "save_weights", models.save_weights),
     ("POST", "save_weights_external", models.save_weights_external),
     ("POST", "save_weights_for_sampler", sampling.save_weights_for_sampler),
@@ -61,9 +65,6 @@ ROUTES: tuple[tuple[str, str, Act], ...] = (
     ("POST", "create_sampling_session", sampling.create_sampling_session),
     ("POST", "join_sampling_session", sampling.join_sampling_session),
     ("GET", "samplers/{sampler_id}", sampling.get_sampler),
-    ("POST", "asample", sampling.sample),
-    ("POST", "retrieve_future", futures.retrieve_future),
-    ("POST", "retrieve_futures", futures.retrieve_futures),
     ("POST", "cancel_future", futures.cancel_future),
     ("POST", "weights_info", catalogue.weights_info),
     ("POST", "copy_weights", catalogue.copy_weights),

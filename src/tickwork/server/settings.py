@@ -92,7 +92,7 @@ class Settings:
     chunk_datums: int = attrs.field(default=100_000, validator=_at_least(1))
     chunk_bytes: int = attrs.field(default=48 * MIB, validator=_at_least(1))
     gap_seconds: float = attrs.field(default=60.0, validator=_at_least(0))
-    poll_seconds: float = attrs.field(default=25.0, validator=_at_least(0))
+    poll_seconds: float = attrs.field(default=30.0, validator=_at_least(0))
     session_seconds: float = attrs.field(default=3600.0, validator=_at_least(0))
     result_seconds: float = attrs.field(default=3600.0, validator=_at_least(0))
     refetch_seconds: float = attrs.field(default=120.0, validator=_at_least(0))
