@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tinker import types
-
 from bench import server
 from bench.server import decode
 from bench.table import table
+from tinker import types
+
 from served import datum, sdk
 
 
