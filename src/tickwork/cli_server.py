@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ KEYS_VARIABLE = "TICKWORK_API_KEYS"
 ANY_KEY = "tml-local"
 
 MIB = 2**20
+# Seconds that the device thread may keep the interpreter once the server wants it; Python's own 5 ms show in every call.
+SWITCH_SECONDS = 5e-4
 
 
 @click.command()
@@ -61,6 +64,7 @@ def serve(max_body_mib: int, max_decompressed_mib: int, keys: Path | None, **giv
         raise click.ClickException(f"{error.name} is missing: pip install 'tickwork[server]'") from None
     given |= {"max_body": max_body_mib * MIB, "max_decompressed": max_decompressed_mib * MIB}
     settings = Settings(keys=read_keys(keys, os.environ.get(KEYS_VARIABLE)), **given)
+    sys.setswitchinterval(SWITCH_SECONDS)
     if code := trio.run(_serve, settings):
         raise SystemExit(code)
 
