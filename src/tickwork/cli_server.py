@@ -20,7 +20,7 @@ KEYS_VARIABLE = "TICKWORK_API_KEYS"
 ANY_KEY = "tml-local"
 
 MIB = 2**20
-# Seconds that the device thread may keep the interpreter once the server wants it; Python's own 5 ms show in every call.
+# Seconds that the device thread may keep the interpreter once the server wants it; Python's own 5 ms would show.
 SWITCH_SECONDS = 5e-4
 
 
