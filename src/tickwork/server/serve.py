@@ -7,11 +7,8 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import trio
-from hypercorn.config import Config
-from hypercorn.trio import serve as serve_http
 
 from tickwork.build import open_sampler
 from tickwork.catalogue import Catalogue
@@ -22,11 +19,15 @@ from tickwork.futures import Inner
 from tickwork.models import give_name
 from tickwork.requests import Release
 from tickwork.server.app import make_app
+from tickwork.server.http import serve_http
 from tickwork.server.lanes import Door
 from tickwork.server.server import Server
 from tickwork.server.settings import Settings
 
 log = logging.getLogger("tickwork.server")
+
+# Connections that wait to be taken; seconds that connections have at the end to write what they are writing.
+BACKLOG, GRACE_SECONDS = 4096, 1.0
 
 Stop = Callable[[], Awaitable[None]]
 
@@ -81,17 +82,12 @@ async def _serve(server: Server, listener: socket.socket, stop: Stop, task_statu
         nursery.start_soon(server.door.run)
         nursery.start_soon(server.sweep)
         async with trio.open_nursery() as http:
-            await http.start(_http, server, _config(listener), done)
+            await http.start(serve_http, make_app(server), _listening(listener), done, GRACE_SECONDS)
             task_status.started(url)
             await stop()
             await server.drain()
             done.set()
         nursery.cancel_scope.cancel("the server has ended")
-
-
-async def _http(server: Server, config: Config, done: trio.Event, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
-    app: Any = make_app(server)
-    await serve_http(app, config, shutdown_trigger=done.wait, task_status=task_status, mode="asgi")
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -108,19 +104,9 @@ def _listen(settings: Settings) -> socket.socket:
     return listener
 
 
-def _config(listener: socket.socket) -> Config:
-    config = Config()
-    config.bind = [f"fd://{listener.detach()}"]
-    config.backlog = 4096
-    config.accesslog = None
-    config.errorlog = log
-    config.loglevel = "WARNING"
-    config.keep_alive_timeout = 600
-    config.keep_alive_max_requests = 2**62
-    config.max_app_queue_size = 64
-    config.graceful_timeout = 1.0
-    config.include_server_header = False
-    return config
+def _listening(listener: socket.socket) -> trio.SocketListener:
+    listener.listen(BACKLOG)
+    return trio.SocketListener(trio.socket.from_stdlib_socket(listener))
 
 
 def _url(host: str, listener: socket.socket) -> str:

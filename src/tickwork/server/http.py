@@ -1,0 +1,311 @@
+"""HTTP/1.1 for one ASGI application: llhttp parses, and one Trio task serves a connection from first byte to last."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from email.utils import formatdate
+from functools import lru_cache
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import unquote
+
+import attrs
+import httptools
+import trio
+from starlette.types import ASGIApp, Message
+
+log = logging.getLogger("tickwork.server")
+
+# Bytes of a request's line and headers; bytes read at once; unread bytes taken in before a connection closes.
+MOST_HEAD, MOST_READ, MOST_LEFT = 64 * 1024, 64 * 1024, 2**20
+# Seconds between two requests of a connection; for a head or the next bytes of a body; for the last bytes of all.
+IDLE_SECONDS, READ_SECONDS, LINGER_SECONDS = 600.0, 60.0, 1.0
+NO_BODY = (204, 304)
+
+
+@attrs.define(eq=False)
+class _Incoming:
+    """One request, as far as it has been read; called back by the parser."""
+
+    target: bytes = b""
+    headers: list[tuple[bytes, bytes]] = attrs.Factory(list)
+    parts: deque[bytes] = attrs.Factory(deque)
+    method: str = ""
+    version: str = "1.1"
+    keep_alive: bool = True
+    complete: bool = False
+    given: bool = False  # all of the body is with the application
+    awaited: bool = False  # the client waits for "100 Continue" before it sends the body
+
+
+class _Parser:
+    """Turns bytes into requests, in order; a client may have sent several."""
+
+    def __init__(self) -> None:
+        self.ready: deque[_Incoming] = deque()
+        self._now = _Incoming()
+        self._llhttp = httptools.HttpRequestParser(self)
+        self._in_head = False
+        self.unread_head = 0  # bytes of a head that is not whole yet
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes in.
+
+        Raises:
+            httptools.HttpParserError: they are no HTTP.
+        """
+        try:
+            self._llhttp.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._now.keep_alive = False  # answered as what it is, a request of HTTP/1.1
+        self.unread_head = self.unread_head + len(data) if self._in_head else 0
+
+    def on_message_begin(self) -> None:
+        self._now, self._in_head = _Incoming(), True
+
+    def on_url(self, url: bytes) -> None:
+        self._now.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._now.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        now, self._in_head = self._now, False
+        now.method, now.version = self._llhttp.get_method().decode("ascii"), self._llhttp.get_http_version()
+        now.keep_alive = self._llhttp.should_keep_alive()
+        now.awaited = any(name == b"expect" and value.lower() == b"100-continue" for name, value in now.headers)
+        self.ready.append(now)
+
+    def on_body(self, body: bytes) -> None:
+        self._now.parts.append(body)
+
+    def on_message_complete(self) -> None:
+        self._now.complete = True
+
+
+class Connection:
+    """One connection: its requests are answered one after the other.
+
+    Args:
+        app: the application.
+        stream: the connection; closed at the end.
+    """
+
+    def __init__(self, app: ASGIApp, stream: trio.SocketStream) -> None:
+        self._app, self._stream = app, stream
+        self._parser = _Parser()
+        self._idle = trio.CancelScope()
+        self._ending = False
+        self._addresses = [_address(getattr(stream.socket, f"get{end}name")) for end in ("peer", "sock")]
+
+    async def run(self) -> None:
+        """Serve until either side ends it. Cancel: the connection is closed as it is."""
+        async with self._stream:
+            try:
+                await self._run()
+            except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+                pass  # the client has gone, or sends too slowly to be served
+            except Exception:  # one connection's error is its own
+                log.exception("a connection failed")
+
+    async def _run(self) -> None:
+        try:
+            while (incoming := await self._next()) is not None and await self._answer(incoming):
+                pass
+        except httptools.HttpParserError as error:
+            await self._refuse(400, f"this is no HTTP/1.1: {error}")
+        await self._linger()
+
+    def end(self) -> None:
+        """Close once the request under way, if any, is answered."""
+        self._ending = True
+        self._idle.cancel("the server ends")
+
+    async def _next(self) -> _Incoming | None:
+        """Return the next request once its head is there; None at the end."""
+        ready = self._parser.ready
+        if not ready and not self._ending:
+            with trio.CancelScope() as self._idle:
+                self._idle.deadline = trio.current_time() + IDLE_SECONDS
+                await self._read()
+        while not ready and self._parser.unread_head:
+            if self._parser.unread_head > MOST_HEAD:
+                await self._refuse(431, f"the headers are larger than {MOST_HEAD} bytes")
+                return None
+            with trio.fail_after(READ_SECONDS):
+                if not await self._read():
+                    return None
+        return ready.popleft() if ready else None
+
+    async def _read(self) -> bool:
+        data = await self._stream.receive_some(MOST_READ)
+        if data:
+            self._parser.feed(bytes(data))
+        return bool(data)
+
+    async def _answer(self, incoming: _Incoming) -> bool:
+        """Answer a request; return whether the connection may be used again."""
+        answer = _Answer(self._stream, incoming, lambda: incoming.keep_alive and not self._ending)
+        try:
+            await self._app(self._scope(incoming), lambda: self._receive(incoming, answer), answer.send)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, httptools.HttpParserError):
+            raise
+        except Exception:
+            log.exception("a request failed")
+            return False
+        return answer.end.is_set() and answer.reusable and incoming.complete
+
+    def _scope(self, incoming: _Incoming) -> dict[str, Any]:
+        path, _, query = incoming.target.partition(b"?")
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": incoming.version,
+            "method": incoming.method,
+            "scheme": "http",
+            "path": unquote(path.decode("latin-1")),
+            "raw_path": path,
+            "query_string": query,
+            "root_path": "",
+            "headers": incoming.headers,
+            "client": self._addresses[0],
+            "server": self._addresses[1],
+        }
+
+    async def _receive(self, incoming: _Incoming, answer: _Answer) -> Message:
+        """Give the application the next part of the body, reading on only when it asks."""
+        if incoming.given:
+            await answer.end.wait()
+            return {"type": "http.disconnect"}
+        if incoming.awaited and not incoming.complete and not incoming.parts and not answer.begun:
+            incoming.awaited = False
+            await self._stream.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while not incoming.parts and not incoming.complete:
+            more = False
+            with trio.move_on_after(READ_SECONDS):
+                more = await self._read()
+            if not more:
+                return {"type": "http.disconnect"}
+        body = incoming.parts.popleft() if incoming.parts else b""
+        incoming.given = incoming.complete and not incoming.parts
+        return {"type": "http.request", "body": body, "more_body": not incoming.given}
+
+    async def _refuse(self, status: int, detail: str) -> None:
+        body = b'{"detail":"%b"}' % detail.replace('"', "'").encode("ascii", "replace")
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await self._stream.send_all(_head(status, headers, keep=False) + body)
+
+    async def _linger(self) -> None:
+        """Say that this was all and take in what still comes: a client that is sending would not see its answer."""
+        left = MOST_LEFT
+        with trio.move_on_after(LINGER_SECONDS):
+            await self._stream.send_eof()
+            while left > 0 and (data := await self._stream.receive_some(MOST_READ)):
+                left -= len(data)
+
+
+class _Answer:
+    """What the application sends, written as HTTP: head and body in one write wherever both are there."""
+
+    def __init__(self, stream: trio.SocketStream, incoming: _Incoming, may_keep: Any) -> None:
+        self._stream, self._incoming, self._may_keep = stream, incoming, may_keep
+        self._start: Message = {}
+        self._chunked = False
+        self.end = trio.Event()
+        self.begun, self.reusable = False, True
+
+    async def send(self, message: Message) -> None:
+        """Take a message of the application."""
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        body, more = message.get("body", b""), message.get("more_body", False)
+        head = b"" if self.begun else self._head(len(body), more)
+        self.begun = True
+        if self._incoming.method == "HEAD" or self._start["status"] in NO_BODY:
+            body = b""
+        elif self._chunked:
+            body = (b"%x\r\n%b\r\n" % (len(body), body) if body else b"") + (b"" if more else b"0\r\n\r\n")
+        if head or body:
+            await self._stream.send_all(head + body)
+        if not more:
+            self.end.set()
+
+    def _head(self, size: int, more: bool) -> bytes:
+        headers = list(self._start.get("headers", ()))
+        self.reusable = self._may_keep()
+        if not any(name == b"content-length" for name, _ in headers) and self._start["status"] not in NO_BODY:
+            if not more:
+                headers.append((b"content-length", b"%d" % size))
+            elif self._incoming.version == "1.1":
+                self._chunked = True
+                headers.append((b"transfer-encoding", b"chunked"))
+            else:
+                self.reusable = False
+        return _head(self._start["status"], headers, keep=self.reusable)
+
+
+def _head(status: int, headers: Iterable[tuple[bytes, bytes]], *, keep: bool) -> bytes:
+    lines = [b"HTTP/1.1 %d %b" % (status, _phrase(status)), *(b"%b: %b" % header for header in headers)]
+    lines += [b"date: %b" % _date(int(trio.current_time())), b"connection: %b" % (b"keep-alive" if keep else b"close")]
+    if any(b"\r" in line or b"\n" in line for line in lines):
+        raise ValueError("a header holds a line break")
+    return b"\r\n".join([*lines, b"", b""])
+
+
+@lru_cache
+def _phrase(status: int) -> bytes:
+    return HTTPStatus(status).phrase.encode()
+
+
+@lru_cache(maxsize=2)
+def _date(second: int) -> bytes:
+    """The date, computed once a second."""
+    return formatdate(usegmt=True).encode()
+
+
+def _address(name: Any) -> tuple[str, int] | None:
+    try:
+        host, port = name()[:2]
+    except OSError:
+        return None
+    return str(host), int(port)
+
+
+async def serve_http(
+    app: ASGIApp,
+    listener: trio.SocketListener,
+    done: trio.Event,
+    seconds: float,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve an application until ``done``: then idle connections close at once, busy ones after their answer.
+
+    Args:
+        seconds: how long busy connections have at the end.
+        task_status: told once connections are taken.
+
+    Room: any Trio task. Cancel: every connection is closed as it is.
+    """
+    living: set[Connection] = set()
+
+    async def connected(stream: trio.SocketStream) -> None:
+        connection = Connection(app, stream)
+        living.add(connection)
+        try:
+            await connection.run()
+        finally:
+            living.discard(connection)
+
+    async with trio.open_nursery() as connections:
+        async with trio.open_nursery() as door:
+            serve = trio.serve_listeners
+            await door.start(lambda task_status: serve(connected, [listener], handler_nursery=connections, task_status=task_status))  # fmt: skip  # noqa: E501
+            task_status.started()
+            await done.wait()
+            door.cancel_scope.cancel("the server ends")
+        for connection in list(living):
+            connection.end()
+        connections.cancel_scope.deadline = trio.current_time() + seconds
