@@ -33,6 +33,7 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(VENV)/bin/python -m bench
 	$(VENV)/bin/python -m bench kernels
+	$(VENV)/bin/python -m bench server
 
 test-sdk-matrix: $(VENV)/.installed-test $(SDKS:%=.venv-sdk-%/.installed)
 	$(VENV)/bin/python -m pytest tests/matrix.py
