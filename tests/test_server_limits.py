@@ -52,9 +52,11 @@ def test_every_route_needs_a_key(url, key):
     with httpx.Client(base_url=f"{url}/api/v1/", headers=headers) as http:
         for method, path, _ in ROUTES:
             answer = http.request(method, path.replace("{", "").replace("}", ""), json={})
-            assert answer.status_code == 401, path
+            # No header may hold a control character: such a request is refused before its key is looked at.
+            assert answer.status_code == (400 if "\x7f" in (key or "") else 401), path
             assert answer.headers["content-type"] == "application/json"
-        assert http.get("healthz").json() == {"status": "ok"}
+        if "\x7f" not in (key or ""):
+            assert http.get("healthz").json() == {"status": "ok"}
 
 
 def test_keys_are_read_from_a_file_and_the_environment(tmp_path):

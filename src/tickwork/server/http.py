@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterable
 from email.utils import formatdate
 from functools import lru_cache
@@ -11,10 +10,11 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote
 
-import attrs
 import httptools
 import trio
 from starlette.types import ASGIApp, Message
+
+from tickwork.server.http_parser import Incoming, Parser
 
 log = logging.getLogger("tickwork.server")
 
@@ -23,66 +23,6 @@ MOST_HEAD, MOST_READ, MOST_LEFT = 64 * 1024, 64 * 1024, 2**20
 # Seconds between two requests of a connection; for a head or the next bytes of a body; for the last bytes of all.
 IDLE_SECONDS, READ_SECONDS, LINGER_SECONDS = 600.0, 60.0, 1.0
 NO_BODY = (204, 304)
-
-
-@attrs.define(eq=False)
-class _Incoming:
-    """One request, as far as it has been read; called back by the parser."""
-
-    target: bytes = b""
-    headers: list[tuple[bytes, bytes]] = attrs.Factory(list)
-    parts: deque[bytes] = attrs.Factory(deque)
-    method: str = ""
-    version: str = "1.1"
-    keep_alive: bool = True
-    complete: bool = False
-    given: bool = False  # all of the body is with the application
-    awaited: bool = False  # the client waits for "100 Continue" before it sends the body
-
-
-class _Parser:
-    """Turns bytes into requests, in order; a client may have sent several."""
-
-    def __init__(self) -> None:
-        self.ready: deque[_Incoming] = deque()
-        self._now = _Incoming()
-        self._llhttp = httptools.HttpRequestParser(self)
-        self._in_head = False
-        self.unread_head = 0  # bytes of a head that is not whole yet
-
-    def feed(self, data: bytes) -> None:
-        """Take bytes in.
-
-        Raises:
-            httptools.HttpParserError: they are no HTTP.
-        """
-        try:
-            self._llhttp.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._now.keep_alive = False  # answered as what it is, a request of HTTP/1.1
-        self.unread_head = self.unread_head + len(data) if self._in_head else 0
-
-    def on_message_begin(self) -> None:
-        self._now, self._in_head = _Incoming(), True
-
-    def on_url(self, url: bytes) -> None:
-        self._now.target += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._now.headers.append((name.lower(), value))
-
-    def on_headers_complete(self) -> None:
-        now, self._in_head = self._now, False
-        now.method, now.version = self._llhttp.get_method().decode("ascii"), self._llhttp.get_http_version()
-        now.keep_alive = self._llhttp.should_keep_alive()
-        now.awaited = any(name == b"expect" and value.lower() == b"100-continue" for name, value in now.headers)
-        self.ready.append(now)
-
-    def on_body(self, body: bytes) -> None:
-        self._now.parts.append(body)
-
-    def on_message_complete(self) -> None:
-        self._now.complete = True
 
 
 class Connection:
@@ -95,7 +35,7 @@ class Connection:
 
     def __init__(self, app: ASGIApp, stream: trio.SocketStream) -> None:
         self._app, self._stream = app, stream
-        self._parser = _Parser()
+        self._parser = Parser()
         self._idle = trio.CancelScope()
         self._ending = False
         self._addresses = [_address(getattr(stream.socket, f"get{end}name")) for end in ("peer", "sock")]
@@ -123,7 +63,7 @@ class Connection:
         self._ending = True
         self._idle.cancel("the server ends")
 
-    async def _next(self) -> _Incoming | None:
+    async def _next(self) -> Incoming | None:
         """Return the next request once its head is there; None at the end."""
         ready = self._parser.ready
         if not ready and not self._ending:
@@ -145,7 +85,7 @@ class Connection:
             self._parser.feed(bytes(data))
         return bool(data)
 
-    async def _answer(self, incoming: _Incoming) -> bool:
+    async def _answer(self, incoming: Incoming) -> bool:
         """Answer a request; return whether the connection may be used again."""
         answer = _Answer(self._stream, incoming, lambda: incoming.keep_alive and not self._ending)
         try:
@@ -157,7 +97,7 @@ class Connection:
             return False
         return answer.end.is_set() and answer.reusable and incoming.complete
 
-    def _scope(self, incoming: _Incoming) -> dict[str, Any]:
+    def _scope(self, incoming: Incoming) -> dict[str, Any]:
         path, _, query = incoming.target.partition(b"?")
         return {
             "type": "http",
@@ -174,7 +114,7 @@ class Connection:
             "server": self._addresses[1],
         }
 
-    async def _receive(self, incoming: _Incoming, answer: _Answer) -> Message:
+    async def _receive(self, incoming: Incoming, answer: _Answer) -> Message:
         """Give the application the next part of the body, reading on only when it asks."""
         if incoming.given:
             await answer.end.wait()
@@ -209,7 +149,7 @@ class Connection:
 class _Answer:
     """What the application sends, written as HTTP: head and body in one write wherever both are there."""
 
-    def __init__(self, stream: trio.SocketStream, incoming: _Incoming, may_keep: Any) -> None:
+    def __init__(self, stream: trio.SocketStream, incoming: Incoming, may_keep: Any) -> None:
         self._stream, self._incoming, self._may_keep = stream, incoming, may_keep
         self._start: Message = {}
         self._chunked = False

@@ -1,0 +1,74 @@
+"""Requests of HTTP/1.1 out of the bytes of a connection, by llhttp."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import attrs
+import httptools
+
+
+@attrs.define(eq=False)
+class Incoming:
+    """One request, as far as it has been read; called back by the parser."""
+
+    target: bytes = b""
+    headers: list[tuple[bytes, bytes]] = attrs.Factory(list)
+    parts: deque[bytes] = attrs.Factory(deque)
+    method: str = ""
+    version: str = "1.1"
+    keep_alive: bool = True
+    complete: bool = False
+    given: bool = False  # all of the body is with the application
+    awaited: bool = False  # the client waits for "100 Continue" before it sends the body
+
+
+class Parser:
+    """Turns bytes into requests, in order; a client may have sent several. Its ``on_`` methods are called by llhttp."""
+
+    def __init__(self) -> None:
+        self.ready: deque[Incoming] = deque()
+        self._now = Incoming()
+        self._llhttp = httptools.HttpRequestParser(self)
+        self._in_head = False
+        self.unread_head = 0  # bytes of a head that is not whole yet
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes in.
+
+        Raises:
+            httptools.HttpParserError: they are no HTTP.
+        """
+        try:
+            self._llhttp.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._now.keep_alive = False  # answered as what it is, a request of HTTP/1.1
+        self.unread_head = self.unread_head + len(data) if self._in_head else 0
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._now, self._in_head = Incoming(), True
+
+    def on_url(self, url: bytes) -> None:
+        """A part of its target."""
+        self._now.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One of its headers, whole."""
+        self._now.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        """Its head is whole: it can be answered."""
+        now, self._in_head = self._now, False
+        now.method, now.version = self._llhttp.get_method().decode("ascii"), self._llhttp.get_http_version()
+        now.keep_alive = self._llhttp.should_keep_alive()
+        now.awaited = any(name == b"expect" and value.lower() == b"100-continue" for name, value in now.headers)
+        self.ready.append(now)
+
+    def on_body(self, body: bytes) -> None:
+        """A part of its body, chunks already undone."""
+        self._now.parts.append(body)
+
+    def on_message_complete(self) -> None:
+        """It has ended."""
+        self._now.complete = True
