@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 
@@ -13,6 +14,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tickwork.server import http
+
+LARGE = 2**26
 
 
 async def echo(request: Request) -> Response:
@@ -34,6 +37,10 @@ async def unread(request: Request) -> Response:
     return JSONResponse({})
 
 
+async def large(request: Request) -> Response:
+    return Response(bytes(LARGE))
+
+
 async def broken(request: Request) -> Response:
     raise RuntimeError("no")
 
@@ -42,6 +49,7 @@ APP = Starlette(
     routes=[
         Route("/echo/{rest:path}", echo, methods=["GET", "POST"]),
         Route("/stream", stream),
+        Route("/large", large),
         Route("/unread", unread, methods=["POST"]),
         Route("/broken", broken),
         Route("/gone", lambda request: Response(status_code=204), methods=["DELETE"]),
@@ -169,6 +177,19 @@ async def test_a_slow_client_is_let_go(server, monkeypatch):
     assert b"200" not in await sent(server[0], post("/echo/", b"hello")[:-1])
     monkeypatch.setattr(http, "IDLE_SECONDS", 0.05)
     assert await sent(server[0]) == b""
+
+
+async def test_a_client_that_does_not_read_is_let_go(server, monkeypatch):
+    monkeypatch.setattr(http, "WRITE_SECONDS", 0.1)
+    client = await trio.open_tcp_stream("127.0.0.1", server[0])
+    await client.send_all(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+    await trio.sleep(0.3)
+    size = 0
+    with trio.fail_after(10), contextlib.suppress(trio.BrokenResourceError):
+        while data := await client.receive_some():
+            size += len(data)
+    assert size < LARGE
+    await client.aclose()
 
 
 async def test_the_end_closes_idle_connections_and_lets_busy_ones_answer(server):

@@ -18,10 +18,10 @@ from tickwork.server.http_parser import Incoming, Parser
 
 log = logging.getLogger("tickwork.server")
 
-# Bytes of a request's line and headers; bytes read at once; unread bytes taken in before a connection closes.
-MOST_HEAD, MOST_READ, MOST_LEFT = 64 * 1024, 64 * 1024, 2**20
-# Seconds between two requests of a connection; for a head or the next bytes of a body; for the last bytes of all.
-IDLE_SECONDS, READ_SECONDS, LINGER_SECONDS = 600.0, 60.0, 1.0
+# Bytes of a request's line and headers; bytes read and written at once; unread bytes taken in before the end.
+MOST_HEAD, MOST_READ, MOST_WRITTEN, MOST_LEFT = 64 * 1024, 64 * 1024, 2**20, 2**20
+# Seconds between two requests of a connection; for the next bytes to come, or to be taken; for the last bytes of all.
+IDLE_SECONDS, READ_SECONDS, WRITE_SECONDS, LINGER_SECONDS = 600.0, 60.0, 60.0, 1.0
 NO_BODY = (204, 304)
 
 
@@ -168,8 +168,7 @@ class _Answer:
             body = b""
         elif self._chunked:
             body = (b"%x\r\n%b\r\n" % (len(body), body) if body else b"") + (b"" if more else b"0\r\n\r\n")
-        if head or body:
-            await self._stream.send_all(head + body)
+        await _write(self._stream, head + body)
         if not more:
             self.end.set()
 
@@ -193,6 +192,13 @@ def _head(status: int, headers: Iterable[tuple[bytes, bytes]], *, keep: bool) ->
     if any(b"\r" in line or b"\n" in line for line in lines):
         raise ValueError("a header holds a line break")
     return b"\r\n".join([*lines, b"", b""])
+
+
+async def _write(stream: trio.SocketStream, data: bytes) -> None:
+    """Write in parts, each of which the client must take in time."""
+    for start in range(0, len(data), MOST_WRITTEN):
+        with trio.fail_after(WRITE_SECONDS):
+            await stream.send_all(memoryview(data)[start : start + MOST_WRITTEN])
 
 
 @lru_cache
