@@ -133,12 +133,18 @@ def test_an_empty_store_is_an_empty_list(tmp_path: Path) -> None:
 def test_control_c_ends_the_demo_soon_and_quietly(tmp_path: Path) -> None:
     """An interrupt ends the current pass, then the process, with a status and without a traceback."""
     command = [*TICKWORK, "demo", "--steps", "100000", "--store", str(tmp_path)]
+    # A shell that has put the tests into the background has them, and what they start, ignore an interrupt.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not list(tmp_path.glob("runs/*/run.json")):
-            assert process.poll() is None
-            os.sched_yield()
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        signal.signal(signal.SIGINT, before)
+        try:
+            while not list(tmp_path.glob("runs/*/run.json")):
+                assert process.poll() is None
+                os.sched_yield()
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
 
     assert process.returncode == 1
     assert "Traceback" not in errors
