@@ -118,8 +118,9 @@ export TINKER_BASE_URL={url}
 export TINKER_API_KEY={key}
 
 import tinker
-client = tinker.ServiceClient().create_lora_training_client("{name}", rank=16).result()
-sampler = client.save_weights_and_get_sampling_client().result()
-print(sampler.sample(tinker.ModelInput.from_ints([1, 2, 3]), 1, tinker.SamplingParams(max_tokens=8)).result())
+with tinker.ServiceClient() as service:
+    client = service.create_lora_training_client("{name}", rank=16).result()
+    sampler = client.save_weights_and_get_sampling_client().result()
+    print(sampler.sample(tinker.ModelInput.from_ints([1, 2, 3]), 1, tinker.SamplingParams(max_tokens=8)).result())
 """
     )
