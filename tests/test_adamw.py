@@ -188,7 +188,7 @@ def test_gradients_add_up_until_the_step_clears_them() -> None:
 def test_missing_gradients_leave_their_place() -> None:
     """A projection that no row went through adds nothing, and the others land in their own place."""
     state = make()
-    body = state.adapter.body()
+    body = state.adapter.body
     grads: list[torch.Tensor | None] = [None] * len(body)
     grads[2] = torch.ones_like(body[2])
     state.accumulate(grads, (torch.zeros(2, 4), torch.zeros(11, 2)))

@@ -148,10 +148,10 @@ def test_two_adapters_gradients_are_those_of_each_alone(kind: str) -> None:
         _, grads = head_gradients(hidden.detach()[where], wanted, model.head, slope, adapter.head)
         upstream[where] = grads.hidden
         heads[owner] = list(grads.adapters[0])
-    leaves = [leaf for adapter in adapters for leaf in adapter.body()]
+    leaves = [leaf for adapter in adapters for leaf in adapter.body]
     found = list(torch.autograd.grad(hidden, leaves, upstream))
     for owner, adapter in enumerate(adapters):
-        mine = [found.pop(0) for _ in adapter.body()] + heads[owner]
+        mine = [found.pop(0) for _ in adapter.body] + heads[owner]
         oracle = Oracle(kind, adapter)
         loss = sum(
             (oracle.logprobs(rows[i], targets[i]) * weights[i]).sum() for i, o in enumerate(owners) if o == owner

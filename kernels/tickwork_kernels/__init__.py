@@ -21,6 +21,7 @@ from tickwork_kernels.head_sweep import HeadGradients, Upstream
 from tickwork_kernels.heads import choose_head, register_head_kernel
 from tickwork_kernels.linear_logprob import LinearLogprobs, explain, linear_logprob
 from tickwork_kernels.linear_token_loss import TokenLossResult, linear_token_loss
+from tickwork_kernels.lora_linear import lora_linear
 from tickwork_kernels.multi_lora import LoraSegment, explain_multi_lora, multi_lora
 from tickwork_kernels.registry import Choice
 from tickwork_kernels.token_losses import (
@@ -72,6 +73,7 @@ __all__ = [
     "importance_sampling",
     "linear_logprob",
     "linear_token_loss",
+    "lora_linear",
     "multi_lora",
     "ppo",
     "register_head_kernel",

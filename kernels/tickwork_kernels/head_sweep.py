@@ -108,46 +108,65 @@ class Sums:
         """Add the gradients of a chunk whose rows are the tokens ``where``. Consumes what the chunk kept."""
         scale = factor(rows)
         beta = None if upstream.entropy is None else upstream.entropy * scale
-        apart = coefficients(rows, chunk, upstream) * _column(scale)
+        apart: torch.Tensor | None = coefficients(rows, chunk, upstream) * _column(scale)
         if not rows.needs.logits:
             bulk = kernel.through(rows, chunk, upstream.alpha * scale, beta)
             self._add_hidden(where, add_targets(bulk, rows, apart))
             return
         dz = kernel.bulk(rows, chunk, upstream.alpha * scale, beta)
-        if rows.needs.hidden:
-            self._add_hidden(where, add_targets(rounded_matmul(dz, rows.head.weight), rows, apart))
-        self._add_adapters(rows, dz, apart, where)
+        if dz.dtype == rows.head.weight.dtype == apart.dtype:
+            # Nothing is rounded on the way: the targets may go with the bulk. Repeated ones hold zeros.
+            dz.scatter_add_(1, rows.targets, apart)
+            apart = None
+        hidden = self._through_head(rows, dz, apart) if rows.needs.hidden else None
+        self._add_adapters(rows, dz, apart, hidden)
+        if hidden is not None:
+            self._add_hidden(where, hidden)
         if self.weight is not None:
-            wide = rows.hidden.to(self.weight.dtype)
             self.weight += matmul(dz.T, rows.hidden)
-            _index_add(self.weight, rows.targets, apart[:, :, None] * wide[:, None, :])
+            if apart is not None:
+                wide = rows.hidden.to(self.weight.dtype)
+                _index_add(self.weight, rows.targets, apart[:, :, None] * wide[:, None, :])
         if self.bias is not None:
             self.bias += dz.sum(0, dtype=self.bias.dtype)
-            _index_add(self.bias, rows.targets, apart)
+            if apart is not None:
+                _index_add(self.bias, rows.targets, apart)
+
+    @staticmethod
+    def _through_head(rows: Rows, dz: torch.Tensor, apart: torch.Tensor | None) -> torch.Tensor:
+        hidden = rounded_matmul(dz, rows.head.weight)
+        return hidden if apart is None else add_targets(hidden, rows, apart)
 
     def _add_hidden(self, where: torch.Tensor, grad: torch.Tensor) -> None:
         assert self.hidden is not None
         self.hidden.index_copy_(0, where, grad)
 
-    def _add_adapters(self, rows: Rows, dz: torch.Tensor, apart: torch.Tensor, where: torch.Tensor) -> None:
+    def _add_adapters(
+        self, rows: Rows, dz: torch.Tensor, apart: torch.Tensor | None, hidden: torch.Tensor | None
+    ) -> None:
+        """Add the adapters' gradients, and their share of ``hidden``'s in place."""
+        dtype = rows.head.dtype
         for each in rows.adapters:
             assert each.a is not None
             assert each.b is not None
             span = slice(each.start, each.stop)
-            targets, part, coefficient = rows.targets[span], dz[span], apart[span] * each.scale
-            a, b, wide = (tensor.to(apart.dtype) for tensor in (each.a, each.b, rows.hidden[span]))
+            part = dz[span]
+            a, b, wide = (tensor.to(dtype) for tensor in (each.a, each.b, rows.hidden[span]))
             low = _thin(part, b) * each.scale
-            for k, y in enumerate(targets.T):
-                low += coefficient[:, k, None] * b[y]
-            if self.hidden is not None:
-                self.hidden.index_add_(0, where[span], low @ a)
+            coefficient = None if apart is None else apart[span] * each.scale
+            if coefficient is not None:
+                for k, y in enumerate(rows.targets[span].T):
+                    low += coefficient[:, k, None] * b[y]
+            if hidden is not None:
+                hidden[span].addmm_(low, a)
             if self.adapters is not None:
                 # The segment is the same object's part in every chunk: its parameters tell which one it is.
                 grad_a, grad_b = self.adapters[self._places[id(each.a), id(each.b)]]
                 down = wide @ a.T
                 grad_a.addmm_(low.T, wide)
                 grad_b += _thin(part.T, down * each.scale)
-                _index_add(grad_b, targets, coefficient[:, :, None] * down[:, None, :])
+                if coefficient is not None:
+                    _index_add(grad_b, rows.targets[span], coefficient[:, :, None] * down[:, None, :])
 
 
 def factor(rows: Rows) -> torch.Tensor:

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tickwork.compute.rows import Packed
 from tickwork.types import LoraConfig
-from tickwork_kernels import Lora, multi_lora
+from tickwork_kernels import Lora, lora_linear
 
 # ``W' = W + (32 / rank) * B @ A``: fixed, so that one learning rate serves all ranks.
 ALPHA = 32
@@ -30,16 +30,20 @@ class LoraLinear(torch.nn.Module):
     def __init__(self, base: torch.nn.Module, path: str, current: Mapping[str, Packed]) -> None:
         super().__init__()
         self.base = base
+        weight: Any = base.weight
+        self.weight: torch.Tensor = weight.detach().T if isinstance(base, Conv1D) else weight.detach()
+        self.bias: torch.Tensor | None = base.bias  # type: ignore[assignment]
         self.path = path
         self.current = current
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Project ``[..., d_in]`` to ``[..., d_out]``."""
-        y: torch.Tensor = self.base(x)
         segments = self.current["packed"].lora_segments(self.path)
         if all(segment.a is None for segment in segments):
+            y: torch.Tensor = self.base(x)
             return y
-        return multi_lora(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), segments).view_as(y)
+        y = lora_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias, segments, check=False)
+        return y.view(*x.shape[:-1], -1)
 
 
 class Adapter:
@@ -73,6 +77,8 @@ class Adapter:
             offset += b.numel()
             # Leaves of their own: gradients of views would each be as large as the arena.
             self.tensors[path] = (a.detach().requires_grad_(), b.detach().requires_grad_())
+        # What the packed forward goes through: all but the head's.
+        self.body = [tensor for path, pair in self.tensors.items() if not is_head(path) for tensor in pair]
 
     def _initialise(self) -> None:
         """A uniform in ``+-1/sqrt(d_in)`` whatever the rank, B zero; each tensor from a seed of its own."""
@@ -99,20 +105,16 @@ class Adapter:
         a, b = (tensor.detach() for tensor in self.tensors[path])
         return Lora(a, b, self.scale)
 
-    def body(self) -> list[torch.Tensor]:
-        """The leaves that the packed forward goes through: all but the head's."""
-        return [tensor for path, pair in self.tensors.items() if not is_head(path) for tensor in pair]
+    def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Return the tensors' views of an arena of this size: ``a`` and ``b`` of each projection in turn."""
+        shapes = [tensor.shape for pair in self.tensors.values() for tensor in pair]
+        parts = flat.split([shape.numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def named(self, arena: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Return PEFT's names with views of this arena, or of another of its size (moments)."""
-        flat, offset, names = (self.arena if arena is None else arena), 0, {}
-        for path, pair in self.tensors.items():
-            for letter, tensor in zip("AB", pair, strict=True):
-                names[f"base_model.model.{path}.lora_{letter}.weight"] = flat[offset : offset + tensor.numel()].view(
-                    tensor.shape
-                )
-                offset += tensor.numel()
-        return names
+        names = [f"base_model.model.{path}.lora_{letter}.weight" for path in self.tensors for letter in "AB"]
+        return dict(zip(names, self.split(self.arena if arena is None else arena), strict=True))
 
 
 def is_head(path: str) -> bool:

@@ -28,8 +28,8 @@ class Trainable:
         self.exp_avg_sq: torch.Tensor | None = None
 
     def accumulate(self, body: Sequence[torch.Tensor | None], head: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        """Add gradients: of ``adapter.body()`` in order, and of the head's ``a`` and ``b``."""
-        views = self.adapter.named(self.grad).values()
+        """Add gradients: of ``adapter.body`` in order, and of the head's ``a`` and ``b``."""
+        views = self.adapter.split(self.grad)
         grads = [*body, *(head or ())]
         pairs = [(view, grad) for view, grad in zip(views, grads, strict=True) if grad is not None]
         if pairs:

@@ -15,7 +15,8 @@ from tickwork.compute.lora import Adapter
 from tickwork.compute.losses import check
 from tickwork.compute.model import DTYPES, BaseModel
 from tickwork.compute.optimizer import Trainable, step_together
-from tickwork.compute.passes import Progress, run_pass
+from tickwork.compute.parts import Progress
+from tickwork.compute.passes import run_pass
 from tickwork.compute.sampler import Sampler
 from tickwork.compute.weights import Shelf, TrainingModel, Weights
 from tickwork.engine.plan import Pass, Stage
