@@ -121,7 +121,7 @@ def same_gradients(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor])
     """Assert that every tensor agrees; one that is zero but for rounding is measured by the whole gradient."""
     whole = float(torch.cat([grad.flatten() for grad in one.values()]).norm())
     for key, grad in one.items():
-        assert float((other[key] - grad).norm()) <= 3 * SAME * float(grad.norm()) + 0.1 * SAME * whole, key
+        assert float((other[key] - grad).norm()) <= 3 * SAME * float(grad.norm()) + 0.3 * SAME * whole, key
 
 
 def same_outputs(one: ForwardBackwardOutput, other: ForwardBackwardOutput) -> None:

@@ -116,6 +116,20 @@ def test_slots_grow_and_fork_and_are_used_again() -> None:
     assert relative(fresh, plain_logits(plain("llama"), other)) <= ROUNDING
 
 
+@torch.no_grad()
+def test_rows_of_several_adapters_attend_together() -> None:
+    """Clients with the same mix of lengths take as many attention calls as one of them; each row is as by itself."""
+    model, lengths = base("llama"), [3, 30, 12]
+    adapters = [adapter_of(model, LoraConfig(rank=2), seed) for seed in range(4)]
+    rows = [Row(ids, each) for seed, each in enumerate(adapters) for ids in tokens_of(lengths, seed)]
+    packed = pack(rows, CPU)
+    assert packed.order is not None
+    assert len(packed.blocks) == len(pack(rows[:3], CPU).blocks) == 3
+    for row, logits in zip(rows, packed_logits(model, packed), strict=True):
+        (alone,) = packed_logits(model, pack([row], CPU))
+        assert relative(logits, alone) <= ROUNDING
+
+
 def test_an_empty_pool_starts_over() -> None:
     """Once all slots are free the memory is given back, and slots are handed out from the first."""
     pool = KVPool()

@@ -108,15 +108,16 @@ class Sums:
         """Add the gradients of a chunk whose rows are the tokens ``where``. Consumes what the chunk kept."""
         scale = factor(rows)
         beta = None if upstream.entropy is None else upstream.entropy * scale
-        apart: torch.Tensor | None = coefficients(rows, chunk, upstream) * _column(scale)
+        targets = coefficients(rows, chunk, upstream) * _column(scale)
         if not rows.needs.logits:
             bulk = kernel.through(rows, chunk, upstream.alpha * scale, beta)
-            self._add_hidden(where, add_targets(bulk, rows, apart))
+            self._add_hidden(where, add_targets(bulk, rows, targets))
             return
         dz = kernel.bulk(rows, chunk, upstream.alpha * scale, beta)
-        if dz.dtype == rows.head.weight.dtype == apart.dtype:
+        apart: torch.Tensor | None = targets
+        if dz.dtype == rows.head.weight.dtype == targets.dtype:
             # Nothing is rounded on the way: the targets may go with the bulk. Repeated ones hold zeros.
-            dz.scatter_add_(1, rows.targets, apart)
+            dz.scatter_add_(1, rows.targets, targets)
             apart = None
         hidden = self._through_head(rows, dz, apart) if rows.needs.hidden else None
         self._add_adapters(rows, dz, apart, hidden)

@@ -48,12 +48,15 @@ def evaluate(parts: Sequence[Part], hidden: torch.Tensor) -> None:
         except RequestFailedError as error:
             part.progress.fail(error)
     for (_, gradient), group in alike.items():
-        _built_in(group, hidden, gradient)
+        _built_in(sorted(group, key=lambda part: part.start), hidden, gradient)
 
 
 def _built_in(group: Sequence[Part], hidden: torch.Tensor, gradient: bool) -> None:
     """Evaluate the built-in losses of parts with equally many targets per token."""
-    rows = _joined([hidden[part.start : part.stop] for part in group])
+    spans = [(part.start, part.stop) for part in group]
+    if group[-1].stop - group[0].start == sum(stop - start for start, stop in spans):
+        spans = [(group[0].start, group[-1].stop)]  # side by side: nothing need be copied
+    rows = _joined([hidden[start:stop] for start, stop in spans])
     targets = _joined([part.targets for part in group])
     head, adapters = group[0].progress.base.head, _segments(group)
     mixture = _Mixture.of(group)
@@ -157,7 +160,7 @@ class _Mixture:
         loss = TokenLoss("mixed", self._evaluate, names, zero_when="live")
         return BoundLoss(loss, dict(zip(names, (which, place, live), strict=True)), {})
 
-    def _evaluate(self, logp: torch.Tensor, inputs: Inputs, config: Config) -> Pair:
+    def _evaluate(self, logp: torch.Tensor, inputs: Inputs, config: Config) -> Pair:  # noqa: ARG002
         losses, slopes = torch.zeros_like(logp), torch.zeros_like(logp)
         for number, (member, indices) in enumerate(self.members):
             rows = (inputs["which"][:, 0] == number).nonzero()[:, 0]

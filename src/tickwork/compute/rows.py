@@ -71,6 +71,8 @@ class Packed:
         spans: packed ``(start, stop)`` of each row, in the order the rows were given.
         segments: runs of tokens that share an adapter.
         blocks: what attends together.
+        order: two ``[T]`` int64: the packed token at each place of the blocks, and the place of each packed token; None
+            where blocks lie in packed order.
         pool: the cache, where rows have slots.
         slots: ``[T]`` cache slot of each token, with a pool.
     """
@@ -80,6 +82,7 @@ class Packed:
     spans: list[tuple[int, int]]
     segments: list[tuple[Adapter | None, int, int]]
     blocks: list[Block]
+    order: tuple[torch.Tensor, torch.Tensor] | None = None
     pool: KVPool | None = None
     slots: torch.Tensor | None = None
 
@@ -94,9 +97,12 @@ class Packed:
 
 
 def pack(rows: Sequence[Row], device: torch.device, pool: KVPool | None = None) -> Packed:
-    """Lay rows end to end, sorted by adapter and then by kind and length, so that like attends with like."""
-    rank = {id(row.adapter): index for index, row in reversed(list(enumerate(rows)))}
-    order = sorted(range(len(rows)), key=lambda i: (rank[id(rows[i].adapter)], rows[i].start > 0, len(rows[i].tokens)))
+    """Lay rows end to end, sorted by adapter and then by kind and length, so that like attends with like.
+
+    Adapters of equal rank and equally many tokens lie side by side: their products run as one.
+    """
+    place = _places(rows)
+    order = sorted(range(len(rows)), key=lambda i: (place[id(rows[i].adapter)], rows[i].start > 0, len(rows[i].tokens)))
     ordered = [rows[i] for i in order]
     lengths = [len(row.tokens) for row in ordered]
     starts = np.concatenate(([0], np.cumsum(lengths)))
@@ -105,15 +111,27 @@ def pack(rows: Sequence[Row], device: torch.device, pool: KVPool | None = None) 
         spans[index] = (int(starts[place]), int(starts[place + 1]))
     positions = np.concatenate([np.arange(row.start, row.start + len(row.tokens)) for row in ordered])
     slots = None if pool is None else np.repeat([-1 if row.slot is None else row.slot for row in ordered], lengths)
+    attention = _attention(ordered, starts, device)
     return Packed(
         tokens=_tensor(np.concatenate([row.tokens for row in ordered]), device)[None],
         positions=_tensor(positions, device)[None],
         spans=spans,
         segments=_segments(ordered, starts),
-        blocks=_blocks(ordered, starts, device),
+        blocks=attention[0],
+        order=attention[1],
         pool=pool,
         slots=None if slots is None else _tensor(slots, device),
     )
+
+
+def _places(rows: Sequence[Row]) -> dict[int, tuple[int, int, int]]:
+    """Return where each adapter's rows belong: by its rank, their tokens, and whose row comes first."""
+    places: dict[int, tuple[int, int, int]] = {}
+    for index, row in enumerate(rows):
+        rank = 0 if row.adapter is None else row.adapter.config.rank
+        _, tokens, first = places.get(id(row.adapter), (rank, 0, index))
+        places[id(row.adapter)] = (rank, tokens + len(row.tokens), first)
+    return places
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -128,6 +146,22 @@ def _segments(rows: Sequence[Row], starts: np.ndarray) -> list[tuple[Adapter | N
             begin = segments.pop()[1]
         segments.append((row.adapter, begin, int(starts[index + 1])))
     return segments
+
+
+def _attention(
+    rows: Sequence[Row], starts: np.ndarray, device: torch.device
+) -> tuple[list[Block], tuple[torch.Tensor, torch.Tensor] | None]:
+    """Return the blocks, and their order where rows of several adapters attend together in fewer of them."""
+    blocks = _blocks(rows, starts, device)
+    if len(blocks) == 1 or any(row.slot is not None for row in rows):
+        return blocks, None
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
+    lengths = [len(rows[i].tokens) for i in order]
+    fewer = _blocks([rows[i] for i in order], np.concatenate(([0], np.cumsum(lengths))), device)
+    if len(fewer) == len(blocks):
+        return blocks, None
+    tokens = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in order])
+    return fewer, (_tensor(tokens, device), _tensor(np.argsort(tokens), device))
 
 
 def _blocks(rows: Sequence[Row], starts: np.ndarray, device: torch.device) -> list[Block]:
