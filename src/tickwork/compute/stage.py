@@ -55,8 +55,6 @@ class Device:
         self._usable = self._device.type == "cpu" or (self._device.index or 0) < torch.cuda.device_count()
         self._dtype = DTYPES[dtype or ("bfloat16" if self._device.type == "cuda" else "float32")]
         self._max_tokens = max_tokens
-        # On CPU nothing is gained, and one request's lack of memory would be that of all.
-        self._steps_together = self._device.type != "cpu"
         self._bases: dict[str, BaseModel] = {}
         self._models: dict[str, TrainingModel] = {}
         self._weights: dict[str, Weights] = {}
@@ -66,7 +64,6 @@ class Device:
         self._lost: dict[str, RequestFailedError] = {}
         self._steps: dict[type, Callable[..., object]] = {
             CreateModel: self._create,
-            OptimStep: self._optim_step,
             Save: self._save,
             Load: self._load,
             OpenSampler: self._open_sampler,
@@ -129,10 +126,8 @@ class Device:
         return []
 
     def _run_steps(self, steps: Sequence[Request]) -> list[Outcome]:
-        """Run steps, each of another lane; on CUDA all optimizers together, which take two launches in all."""
+        """Run steps, each of another lane; all optimizers of the stage in one call."""
         optim = [request for request in steps if isinstance(request.payload, OptimStep)]
-        if not self._steps_together or len(optim) < 2:
-            return [_outcome(request, self._step) for request in steps]
         outcomes = [_outcome(request, self._step) for request in steps if request not in optim]
         asks = []
         for request in optim:
@@ -198,9 +193,6 @@ class Device:
         self._store.catalogue.open_run(run)
         self._models[ask.model_id] = TrainingModel(base, state)
         return base.info(ask.model_id, adapter)
-
-    def _optim_step(self, ask: OptimStep) -> OptimStepResponse:
-        return OptimStepResponse(self._model(ask.model_id).state.step(ask.params))
 
     def _save(self, ask: Save) -> SaveWeightsResponse | SaveWeightsExternalResponse:
         model = self._model(ask.model_id)
