@@ -101,8 +101,8 @@ def pack(rows: Sequence[Row], device: torch.device, pool: KVPool | None = None) 
 
     Adapters of equal rank and equally many tokens lie side by side: their products run as one.
     """
-    place = _places(rows)
-    order = sorted(range(len(rows)), key=lambda i: (place[id(rows[i].adapter)], rows[i].start > 0, len(rows[i].tokens)))
+    places = _places(rows)
+    order = sorted(range(len(rows)), key=lambda i: (places[id(rows[i].adapter)], rows[i].start > 0, len(rows[i].tokens)))
     ordered = [rows[i] for i in order]
     lengths = [len(row.tokens) for row in ordered]
     starts = np.concatenate(([0], np.cumsum(lengths)))
