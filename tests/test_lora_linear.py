@@ -8,110 +8,141 @@ from typing import Any
 import pytest
 import torch
 
-from tickwork_kernels import LoraSegment, lora_linear
-from tickwork_kernels.conformance.multi_lora import LONG, MIXED, REPEATED, Problem
+from tickwork_kernels import LoraStack, lora_linear
 
-CPU = torch.device("cpu")
-# (tokens, rank, which adapter): runs of equal segments between unequal ones, the base alone, and nothing at all.
-EQUAL = ((4, 3, 0), (4, 3, 1), (4, 3, 2), (5, 3, 3), (2, 0, 4), (2, 0, 4), (0, 3, 5), (6, 8, 6), (6, 8, 6), (6, 2, 7))
+# (tokens of each adapter, rank, adapters): stacks of several, of one, the base alone between, and nothing at all.
+LAYOUTS = (((4, 3, 3), (5, 3, 1), (4, 0, 1), (6, 8, 2)), ((37, 40, 1),), ((0, 3, 2), (1, 1, 4)), ((7, 0, 1),), ())
 
 
-def leaves_of(problem: Problem) -> tuple[dict[str, torch.Tensor], list[LoraSegment]]:
-    """The problem's leaves in float64 without ``y``, and its segments on them; equal scales where ranks are equal."""
-    leaves = {n: t.detach().double().requires_grad_() for n, t in problem.leaves.items() if n != "y"}
-    segments = [
-        LoraSegment(s.start, s.stop, leaves.get(f"a{which}"), leaves.get(f"b{which}"), 1.5 if rank else 1.0)
-        for s, (_, rank, which) in zip(problem.segments, problem.layout, strict=True)
-    ]
-    return leaves, segments
+class Case:
+    """Inputs of one layout, its adapters as leaves."""
+
+    def __init__(self, layout: tuple[tuple[int, int, int], ...], dtype: torch.dtype, kept: torch.dtype) -> None:
+        draw = torch.Generator().manual_seed(0)
+        tokens = sum(n * max(count, 1) for n, _, count in layout)
+        self.x, self.grad, self.weight, self.bias = (
+            torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
+            for shape in ((tokens, 24), (tokens, 20), (20, 24), (20,))
+        )
+        self.leaves = {"x": self.x.requires_grad_()}
+        self.stacks: list[LoraStack] = []
+        at = 0
+        for index, (n, rank, count) in enumerate(layout):
+            stop = at + n * count
+            if rank:
+                for letter, shape in (("a", (count, rank, 24)), ("b", (count, 20, rank))):
+                    values = torch.randn(shape, generator=draw, dtype=torch.float64) / shape[2] ** 0.5
+                    self.leaves[f"{letter}{index}"] = values.to(kept).requires_grad_()
+                self.stacks.append(LoraStack(at, stop, self.leaves[f"a{index}"], self.leaves[f"b{index}"], 1.5))
+            at = stop
+
+    def run(self, impl: str = "auto", *, bias: bool = True) -> dict[str, torch.Tensor | None]:
+        """Return the output and the gradients of all leaves that require one."""
+        leaves = {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
+        out = lora_linear(self.x, self.weight, self.bias if bias else None, self.stacks, impl=impl)
+        grads = torch.autograd.grad(out, list(leaves.values()), self.grad, allow_unused=True) if leaves else ()
+        return {"output": out.detach()} | dict(zip(leaves, grads, strict=True))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("layout", [EQUAL, MIXED, REPEATED, LONG, ((7, 0, 0),), ()], ids=str)
-def test_grouping_changes_rounding_only(layout: tuple[tuple[int, int, int], ...], bias: bool) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_batching_changes_rounding_only(layout: tuple[tuple[int, int, int], ...], bias: bool) -> None:
     """Output and all gradients are those of the composition, to float64's rounding."""
-    problem = Problem(layout, CPU)
-    leaves, segments = leaves_of(problem)
-    weight, offset = problem.draw(1, 80, 96).double(), problem.draw(2, 80).double() if bias else None
-    found = {}
-    for impl in ("torch", "grouped"):
-        out = lora_linear(leaves["x"], weight, offset, segments, impl=impl)
-        grads = torch.autograd.grad(out, list(leaves.values()), problem.grad.double(), allow_unused=True)
-        found[impl] = [out, *grads]
-    for name, one, other in zip(["output", *leaves], *found.values(), strict=True):
-        assert one is not None, name
-        torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-11, msg=name)
+    case = Case(layout, torch.float64, torch.float64)
+    one, other = case.run("torch", bias=bias), case.run("batched", bias=bias)
+    assert one.keys() == other.keys()
+    for name, wanted in one.items():
+        torch.testing.assert_close(other[name], wanted, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_gradients_are_those_of_the_function() -> None:
+    """In float64 the gradients agree with differences of the output."""
+    case = Case(LAYOUTS[0], torch.float64, torch.float64)
+
+    def run(x: torch.Tensor, *adapters: torch.Tensor) -> torch.Tensor:
+        pairs = zip(case.stacks, adapters[::2], adapters[1::2], strict=True)
+        return lora_linear(x, case.weight, case.bias, [stack._replace(a=a, b=b) for stack, a, b in pairs])
+
+    assert torch.autograd.gradcheck(run, list(case.leaves.values()))
 
 
 def test_rounded_adapters_are_those_of_the_composition() -> None:
     """In bfloat16 adapters are rounded before the product, and their gradients come in their own float32."""
-    problem = Problem(EQUAL, CPU, torch.bfloat16)
-    weight = problem.draw(1, 80, 96)
-    out = lora_linear(problem.x, weight, None, problem.segments)
-    expected = lora_linear(problem.x, weight, None, problem.segments, impl="torch")
-    torch.testing.assert_close(out, expected, rtol=2e-2, atol=0.25)
-    a = problem.leaves["a1"]
-    (grad,) = torch.autograd.grad(out, [a], problem.grad)
-    (wanted,) = torch.autograd.grad(expected, [a], problem.grad)
-    assert grad.dtype == torch.float32
-    torch.testing.assert_close(grad, wanted, rtol=5e-2, atol=0.05 * float(wanted.abs().max()))
+    case = Case(LAYOUTS[0], torch.bfloat16, torch.float32)
+    one, other = case.run("torch"), case.run("batched")
+    for name, wanted in one.items():
+        got = other[name]
+        assert wanted is not None and got is not None and got.dtype == wanted.dtype
+        torch.testing.assert_close(got, wanted, rtol=5e-2, atol=5e-2 * float(wanted.abs().max()))
+    assert other["a0"] is not None and other["a0"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("impl", ["torch", "batched"])
+def test_gradients_go_into_buffers(impl: str) -> None:
+    """Where there are buffers the gradients are added there, pass after pass, and autograd returns none."""
+    case = Case(LAYOUTS[0], torch.float32, torch.float32)
+    plain = case.run(impl)
+    buffers = {name: torch.full_like(leaf, 0.25) for name, leaf in case.leaves.items() if name != "x"}
+    case.stacks = [
+        stack._replace(grad_a=buffers[f"a{index}"], grad_b=buffers[f"b{index}"])
+        for index, stack in zip((0, 1, 3), case.stacks, strict=True)
+    ]
+    for passes in (1, 2):
+        got = case.run(impl)
+        assert all((grad is None) == (name in buffers) for name, grad in got.items())
+        for name, buffer in buffers.items():
+            wanted = plain[name]
+            assert wanted is not None
+            torch.testing.assert_close(buffer - 0.25, passes * wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("wanted", ["x", "a", "b", "xb", ""])
 def test_gradients_not_asked_for_are_not_computed(wanted: str) -> None:
     """Frozen leaves get none; the others get what they get when all are asked for."""
-    problem = Problem(EQUAL, CPU)
-    leaves, segments = leaves_of(problem)
-    weight = problem.draw(1, 80, 96).double()
-    everything = torch.autograd.grad(lora_linear(leaves["x"], weight, None, segments).sum(), list(leaves.values()))
-    for name, leaf in leaves.items():
+    case = Case(LAYOUTS[0], torch.float64, torch.float64)
+    everything = case.run()
+    for name, leaf in case.leaves.items():
         leaf.requires_grad_(name[0] in wanted)
-    out = lora_linear(leaves["x"], weight, None, segments)
-    assert out.requires_grad == bool(wanted)
-    asked = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    if asked:
-        grads = dict(zip(asked, torch.autograd.grad(out.sum(), list(asked.values())), strict=True))
-        for name, full in zip(leaves, everything, strict=True):
-            if name in grads:
-                torch.testing.assert_close(grads[name], full, rtol=1e-12, atol=1e-12)
+    got = case.run()
+    assert set(got) == {"output"} | {name for name in case.leaves if name[0] in wanted}
+    for name, grad in got.items():
+        torch.testing.assert_close(grad, everything[name], rtol=1e-12, atol=1e-12)
 
 
 def test_a_neighbour_that_is_not_finite_stays_alone() -> None:
-    """NaN in one segment's rows and adapter reaches neither the output nor a gradient of another."""
-    problem = Problem(((4, 3, 0), (4, 3, 1), (4, 3, 2)), CPU)
-    leaves, segments = leaves_of(problem)
-    weight = problem.draw(1, 80, 96).double()
-    grad = problem.grad.double()
+    """NaN in one adapter and its rows reaches neither the output nor a gradient of another."""
+    case = Case(((4, 3, 3),), torch.float64, torch.float64)
+    mine = [0, 1, 2, 3, 8, 9, 10, 11]
 
-    def run() -> list[torch.Tensor]:
-        out = lora_linear(leaves["x"], weight, None, segments)
-        dx, *others = torch.autograd.grad(out, [leaves[n] for n in ("x", "a0", "b0", "a2", "b2")], grad)
-        return [out.detach()[[0, 1, 2, 3, 8, 9, 10, 11]], dx[[0, 1, 2, 3, 8, 9, 10, 11]], *others]
+    def others() -> list[torch.Tensor]:
+        out, dx, a, b = case.run().values()
+        assert dx is not None and a is not None and b is not None and out is not None
+        return [out[mine], dx[mine], a[[0, 2]], b[[0, 2]]]
 
-    before = run()
+    before = others()
     with torch.no_grad():
-        leaves["a1"].fill_(torch.nan)
-        leaves["x"][4:8] = torch.inf
-    grad[4:8] = torch.nan
-    for one, other in zip(before, run(), strict=True):
+        case.leaves["a0"][1] = torch.nan
+        case.x[4:8] = torch.inf
+    case.grad[4:8] = torch.nan
+    for one, other in zip(before, others(), strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"impl": "fast"}, "impl must be one of ['auto', 'torch', 'grouped'], not 'fast'"),
-        ({"weight": torch.zeros(80, 95)}, "weight must be [d_out, 96] torch.float32 as x is"),
-        ({"segments": []}, "segments must cover 0..12, but end at 0"),
-        ({"buffer": True}, "segments must come without grad_a and grad_b"),
+        ({"impl": "fast"}, "impl must be one of ['auto', 'torch', 'batched'], not 'fast'"),
+        ({"weight": torch.zeros(20, 23)}, "weight must be [d_out, 24] torch.float32 as x is"),
+        ({"stop": 11}, "stacks[0] must give its 3 adapters equally many of its rows"),
+        ({"stop": 15}, "segments must cover 0..12"),
+        ({"a": torch.zeros(3, 24)}, "stacks[0].a and .b must be [K, r, d_in] and [K, d_out, r]"),
+        ({"b": torch.zeros(2, 20, 3)}, "stacks[0].a and .b must be [K, r, d_in] and [K, d_out, r]"),
+        ({"b": torch.zeros(3, 20, 2)}, "b must be [20, 3]"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
     """A wrong argument is told by its name."""
-    problem = Problem(((4, 3, 0), (8, 3, 1)), CPU)
-    given: dict[str, Any] = {"weight": torch.zeros(80, 96), "segments": problem.segments, "impl": "auto"}
-    if change.pop("buffer", False):
-        change["segments"] = [problem.segments[0]._replace(grad_a=torch.zeros(3, 96)), problem.segments[1]]
-    given |= change
+    case = Case(((4, 3, 3),), torch.float32, torch.float32)
+    impl, weight = change.pop("impl", "auto"), change.pop("weight", case.weight)
     with pytest.raises(ValueError, match=re.escape(message)):
-        lora_linear(problem.x, given["weight"], None, given["segments"], impl=given["impl"])
+        lora_linear(case.x, weight, None, [case.stacks[0]._replace(**change)], impl=impl)

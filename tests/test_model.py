@@ -150,7 +150,8 @@ def test_two_adapters_gradients_are_those_of_each_alone(kind: str) -> None:
     random = np.random.default_rng(5)
     targets = [random.integers(0, VOCAB, len(row)) for row in rows]
     weights = [torch.tensor(random.normal(size=len(row)), dtype=torch.float32) for row in rows]
-    packed = pack_rows(rows, [None if owner is None else adapters[owner] for owner in owners])
+    whose = [None if owner is None else adapters[owner] for owner in owners]
+    packed = pack([Row(row, adapter) for row, adapter in zip(rows, whose, strict=True)], CPU, gradient=True)
     hidden = model.hidden(packed)
     upstream = torch.zeros_like(hidden)
     heads = {}
@@ -162,10 +163,13 @@ def test_two_adapters_gradients_are_those_of_each_alone(kind: str) -> None:
         _, grads = head_gradients(hidden.detach()[where], wanted, model.head, slope, adapter.head)
         upstream[where] = grads.hidden
         heads[owner] = list(grads.adapters[0])
-    leaves = [leaf for adapter in adapters for leaf in adapter.body]
-    found = list(torch.autograd.grad(hidden, leaves, upstream))
+    leaves = [leaf for stack in packed.stacks for leaf in stack.leaves]
+    nothing = torch.autograd.grad(hidden, leaves, upstream, allow_unused=True)
+    assert not any(grad is not None for grad in nothing)
     for owner, adapter in enumerate(adapters):
-        mine = [found.pop(0) for _ in adapter.body] + heads[owner]
+        (stack,) = [stack for stack in packed.stacks if stack.adapters == [adapter]]
+        assert stack.grad is not None
+        mine = adapter.split(stack.grad[0])[:-2] + heads[owner]
         oracle = Oracle(kind, adapter)
         loss = sum(
             (oracle.logprobs(rows[i], targets[i]) * weights[i]).sum() for i, o in enumerate(owners) if o == owner

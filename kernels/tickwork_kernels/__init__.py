@@ -21,7 +21,7 @@ from tickwork_kernels.head_sweep import HeadGradients, Upstream
 from tickwork_kernels.heads import choose_head, register_head_kernel
 from tickwork_kernels.linear_logprob import LinearLogprobs, explain, linear_logprob
 from tickwork_kernels.linear_token_loss import TokenLossResult, linear_token_loss
-from tickwork_kernels.lora_linear import lora_linear
+from tickwork_kernels.lora_linear import LoraStack, lora_linear
 from tickwork_kernels.multi_lora import LoraSegment, explain_multi_lora, multi_lora
 from tickwork_kernels.registry import Choice
 from tickwork_kernels.token_losses import (
@@ -53,6 +53,7 @@ __all__ = [
     "LinearLogprobs",
     "Lora",
     "LoraSegment",
+    "LoraStack",
     "Rows",
     "TokenLoss",
     "TokenLossResult",

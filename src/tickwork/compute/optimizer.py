@@ -27,13 +27,9 @@ class Trainable:
         self.exp_avg: torch.Tensor | None = None
         self.exp_avg_sq: torch.Tensor | None = None
 
-    def accumulate(self, body: Sequence[torch.Tensor | None], head: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        """Add gradients: of ``adapter.body`` in order, and of the head's ``a`` and ``b``."""
-        views = self.adapter.split(self.grad)
-        grads = [*body, *(head or ())]
-        pairs = [(view, grad) for view, grad in zip(views, grads, strict=True) if grad is not None]
-        if pairs:
-            torch._foreach_add_([view for view, _ in pairs], [grad for _, grad in pairs])
+    def accumulate(self, grad: torch.Tensor) -> None:
+        """Add a gradient ``[P]``, laid out as the arena."""
+        self.grad.add_(grad)
 
     def step(self, params: AdamParams) -> dict[str, float]:
         """Clip, apply AdamW, clear the gradient; see ``step_together``."""

@@ -17,6 +17,7 @@ from tickwork.compute.failure import out_of_memory
 from tickwork.compute.model import BaseModel
 from tickwork.compute.parts import Part, Progress, parts_of
 from tickwork.compute.rows import Row, pack
+from tickwork.compute.stacks import Stack
 from tickwork.engine.plan import Phase, Piece
 from tickwork.errors import CapacityError
 
@@ -51,34 +52,41 @@ def _run(base: BaseModel, work: Work) -> None:
         for progress, piece in work
         for datum in progress.payload.data[piece.start : piece.stop]
     ]
-    packed = pack(rows, base.device)
+    gradient = any(progress.payload.backward and piece.phase != "probe" for progress, piece in work)
+    packed = pack(rows, base.device, gradient=gradient)
     parts = parts_of(work, packed.spans, base.device)
-    with torch.set_grad_enabled(any(part.wants_gradient for part in parts)):
+    with torch.set_grad_enabled(gradient):
         hidden = base.hidden(packed)
     evaluate(parts, hidden.detach())
-    _accumulate(hidden, [part for part in parts if part.hidden is not None])
+    _accumulate(hidden, packed.stacks, [part for part in parts if part.hidden is not None])
     for part in parts:  # only now: what ran out of memory on the way here is run again
         part.progress.loss += part.loss
 
 
-def _accumulate(hidden: torch.Tensor, parts: Sequence[Part]) -> None:
+def _accumulate(hidden: torch.Tensor, stacks: Sequence[Stack], parts: Sequence[Part]) -> None:
     """Backpropagate all parts at once, then add each one's gradients to its model."""
     if not parts:
         return
-    leaves = [leaf for part in parts for leaf in part.progress.model.adapter.body]
-    grads: Sequence[torch.Tensor | None] = [None] * len(leaves)
-    if leaves and hidden.requires_grad:
-        grads = torch.autograd.grad(hidden, leaves, _upstream(hidden, parts), allow_unused=True)
+    leaves = [leaf for stack in stacks for leaf in stack.leaves]
+    if hidden.requires_grad:
+        # What comes back is nothing: gradients go to the stacks' buffers.
+        torch.autograd.grad(hidden, leaves, _upstream(hidden, parts), allow_unused=True)
+    grads = {
+        id(adapter): grad
+        for stack in stacks
+        if stack.grad is not None
+        for adapter, grad in zip(stack.adapters, stack.grad, strict=True)
+    }
     for progress in (part.progress for part in parts):
         if progress.several and progress.before is None:
             progress.before = progress.model.grad.clone()
     # From here on nothing takes memory: running out between two models would count the first one twice.
-    used = 0
     for part in parts:
-        model = part.progress.model
-        count = len(model.adapter.body)
-        model.accumulate(grads[used : used + count], part.head)
-        used += count
+        adapter = part.progress.model.adapter
+        grad = grads[id(adapter)]
+        if part.head is not None:
+            adapter.add_head(grad, part.head)
+        part.progress.model.accumulate(grad)
 
 
 def _upstream(hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:

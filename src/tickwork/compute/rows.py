@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 import torch
 
 from tickwork.compute.cache import KVPool
-from tickwork_kernels import LoraSegment
-
-if TYPE_CHECKING:
-    from tickwork.compute.lora import Adapter
+from tickwork.compute.lora import Adapter
+from tickwork.compute.stacks import Stack, stacks_of
+from tickwork_kernels import LoraStack
 
 # Attention pads rows of similar length to a rectangle; it may hold this many times the cells the rows need.
 PADDING = 1.5
@@ -69,7 +67,7 @@ class Packed:
         tokens: ``[1, T]`` int64.
         positions: ``[1, T]`` int64.
         spans: packed ``(start, stop)`` of each row, in the order the rows were given.
-        segments: runs of tokens that share an adapter.
+        stacks: the adapters that they go through.
         blocks: what attends together.
         order: two ``[T]`` int64: the packed token at each place of the blocks, and the place of each packed token; None
             where blocks lie in packed order.
@@ -80,29 +78,30 @@ class Packed:
     tokens: torch.Tensor
     positions: torch.Tensor
     spans: list[tuple[int, int]]
-    segments: list[tuple[Adapter | None, int, int]]
+    stacks: list[Stack]
     blocks: list[Block]
     order: tuple[torch.Tensor, torch.Tensor] | None = None
     pool: KVPool | None = None
     slots: torch.Tensor | None = None
 
-    def lora_segments(self, path: str) -> list[LoraSegment]:
-        """Return what ``multi_lora`` needs for the projection at ``path``."""
-        return [
-            LoraSegment(start, stop, None, None, 1.0)
-            if adapter is None or path not in adapter.tensors
-            else LoraSegment(start, stop, *adapter.tensors[path], adapter.scale)
-            for adapter, start, stop in self.segments
-        ]
+    def lora(self, path: str) -> list[LoraStack]:
+        """Return what ``lora_linear`` needs for the projection at ``path``."""
+        return [part for stack in self.stacks if (part := stack.at(path)) is not None]
 
 
-def pack(rows: Sequence[Row], device: torch.device, pool: KVPool | None = None) -> Packed:
+def pack(rows: Sequence[Row], device: torch.device, pool: KVPool | None = None, *, gradient: bool = False) -> Packed:
     """Lay rows end to end, sorted by adapter and then by kind and length, so that like attends with like.
 
     Adapters of equal rank and equally many tokens lie side by side: their products run as one.
+
+    Args:
+        pool: the cache of rows with a slot.
+        gradient: whether there will be a backward.
     """
     places = _places(rows)
-    order = sorted(range(len(rows)), key=lambda i: (places[id(rows[i].adapter)], rows[i].start > 0, len(rows[i].tokens)))
+    order = sorted(
+        range(len(rows)), key=lambda i: (places[id(rows[i].adapter)], rows[i].start > 0, len(rows[i].tokens))
+    )
     ordered = [rows[i] for i in order]
     lengths = [len(row.tokens) for row in ordered]
     starts = np.concatenate(([0], np.cumsum(lengths)))
@@ -116,7 +115,7 @@ def pack(rows: Sequence[Row], device: torch.device, pool: KVPool | None = None) 
         tokens=_tensor(np.concatenate([row.tokens for row in ordered]), device)[None],
         positions=_tensor(positions, device)[None],
         spans=spans,
-        segments=_segments(ordered, starts),
+        stacks=stacks_of(_segments(ordered, starts), gradient),
         blocks=attention[0],
         order=attention[1],
         pool=pool,
