@@ -17,7 +17,8 @@ from tickwork_kernels.adamw import (
 from tickwork_kernels.head import Chunk, Head, HeadCase, HeadKernel, Lora, Rows, head_logits
 from tickwork_kernels.head_calls import head_gradients, hold_logprobs
 from tickwork_kernels.head_held import HeldLogprobs
-from tickwork_kernels.head_sweep import HeadGradients, Upstream
+from tickwork_kernels.head_sweep import HeadGradients
+from tickwork_kernels.head_targets import Upstream
 from tickwork_kernels.heads import choose_head, register_head_kernel
 from tickwork_kernels.linear_logprob import LinearLogprobs, explain, linear_logprob
 from tickwork_kernels.linear_token_loss import TokenLossResult, linear_token_loss
