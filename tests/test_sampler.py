@@ -319,6 +319,21 @@ def test_extreme_random_numbers_draw_possible_tokens(recipe: Recipe) -> None:
     assert set(drawn.tolist()) <= {1, 2, 4}
 
 
+def test_rows_with_settings_of_their_own_are_drawn_as_each_alone() -> None:
+    """In one call each row follows its own settings, to the bit."""
+    recipes = [Recipe(t, k, p) for t in (0.0, 0.5, 1.0, 1.7) for k in (-1, 1, 3, 99) for p in (1.0, 0.6)]
+    random = np.random.default_rng(5)
+    logits = torch.from_numpy(random.normal(size=(len(recipes), 17)).astype(np.float32))
+    uniforms = torch.from_numpy(random.random(len(recipes)))
+    drawn, logp = choose(logits, uniforms, recipes)
+    alone = [choose(logits[i : i + 1], uniforms[i : i + 1], [recipe]) for i, recipe in enumerate(recipes)]
+    assert drawn.tolist() == [int(token) for token, _ in alone]
+    assert len(set(drawn.tolist())) > 5
+    torch.testing.assert_close(logp, torch.cat([row for _, row in alone]), rtol=0, atol=0)
+    greedy = [recipe.temperature == 0 for recipe in recipes]
+    assert drawn[greedy].tolist() == logits[greedy].argmax(-1).tolist()
+
+
 def test_ties_go_to_the_lower_id() -> None:
     """Among equally likely tokens greedy and top-k keep the lower id."""
     logits = torch.tensor([[0.0, 2.0, 2.0, 2.0]])

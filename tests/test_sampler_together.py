@@ -148,6 +148,23 @@ def test_requests_that_share_forwards_have_the_numbers_of_each_alone(mix: list[A
             assert equal == length or at_a_border(ask, index, equal, theirs)
 
 
+@pytest.mark.parametrize("cells", [1, 3 * VOCAB])
+def test_logits_that_do_not_fit_at_once_are_drawn_from_in_parts(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few rows of logits are held at once, tokens and ranks are the same."""
+    mix = [
+        Ask(i, 0, 5 + i, attrs.evolve(FREE, seed=i), {"num_samples": 2, "topk_sample_logprobs": i}) for i in range(4)
+    ]
+    want = together(mix, 64, invariant=False)
+    monkeypatch.setattr(next_tokens, "DRAWN_LOGITS", cells)
+    for found, whole in zip(together(mix, 64, invariant=False), want, strict=True):
+        assert tokens(found) == tokens(whole)
+        ranks = [
+            [[[token for token, _ in row] for row in s.topk_logprobs or ()] for s in r.sequences]
+            for r in (found, whole)
+        ]
+        assert ranks[0] == ranks[1]
+
+
 def beside(
     disturb: Callable[[Sampler], object], *, invariant: bool, **changes: Any
 ) -> tuple[dict[Request, Outcome], SampleResponse, SampleResponse]:
@@ -325,13 +342,20 @@ def test_many_short_prompts_do_not_starve_a_long_one() -> None:
 
 
 def test_sequences_that_have_stopped_make_room() -> None:
-    """A request that waits for the cache joins when enough sequences of another have stopped, not all of them."""
+    """A request that waits for the cache joins when enough sequences of another have stopped, in their slots."""
     stops = attrs.evolve(FREE, max_tokens=CONTEXT - 5, stop=list(range(0, VOCAB, 9)))
     one = Sampler(base("llama"), 64, max_cached=16 * CONTEXT)
     large, waits = sample(PROMPT, stops, num_samples=16), sample(PROMPT, attrs.evolve(GREEDY, max_tokens=2))
     for request in (large, waits):
         one.admit(request, None)
-    assert list(finish(one)) == [waits, large]
+    pool = vars(one)["_shared"]
+    most = 0
+    outcomes: list[Request] = []
+    while one.busy:
+        outcomes += [outcome.request for outcome in one.step()]
+        most = max(most, pool.slots)
+    assert outcomes == [waits, large]
+    assert (most, pool.slots) == (16, 0)
 
 
 def test_waiting_requests_are_taken_in_order() -> None:

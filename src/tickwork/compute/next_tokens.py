@@ -24,7 +24,7 @@ def next_tokens(ready: Sequence[Ready], hidden: torch.Tensor, head: Head) -> lis
     """Draw one token for each sequence.
 
     Args:
-        ready: the sequences; those of one adapter side by side.
+        ready: the sequences; those of one adapter best side by side.
         hidden: ``[T, D]`` of the packed forward.
         head: the base model's.
 
