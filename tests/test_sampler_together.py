@@ -107,7 +107,7 @@ def content(response: SampleResponse) -> object:
     return drawn, response.prompt_logprobs, response.topk_prompt_logprobs, beside
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(asks(st.integers(0, 3)), st.sampled_from([5, 16, 64]))
 def test_invariant_requests_are_bit_equal_to_each_alone(mix: list[Ask], max_tokens: int) -> None:
     """With ``invariant`` every token, logprob and rank is to the bit what the request has alone."""
@@ -133,7 +133,7 @@ def at_a_border(ask: Ask, index: int, place: int, alone: SampledSequence) -> boo
     return len(moved) > 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(asks(st.just(VOCAB)), st.sampled_from([5, 16, 64]))
 def test_requests_that_share_forwards_have_the_numbers_of_each_alone(mix: list[Ask], max_tokens: int) -> None:
     """Tokens are those of the request alone, but at a border of its distribution; logprobs differ by rounding."""
