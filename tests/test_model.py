@@ -100,8 +100,8 @@ def test_slots_grow_and_fork_and_are_used_again() -> None:
     pool.reserve(10)
     packed_logits(model, pack([Row(row[:10], slot=first)], CPU, pool))
     many = [pool.acquire() for _ in range(40)]
-    pool.fork(first, many[-1], 10)
-    pool.release(many.pop(0))
+    pool.fork(first, [many[-1]], 10)
+    pool.release([many.pop(0)], 10)
     again = pool.acquire()
     pool.reserve(90)
     parts = [
@@ -136,7 +136,7 @@ def test_an_empty_pool_starts_over() -> None:
     slots = [pool.acquire() for _ in range(20)]
     assert sorted(slots) == list(range(20))
     for slot in slots:
-        pool.release(slot)
+        pool.release([slot], 0)
     assert (pool.slots, pool.capacity, pool.keys, pool.values) == (0, 0, {}, {})
     assert pool.acquire() == 0
 
