@@ -12,9 +12,10 @@ from typing import Any
 
 from tickwork.catalogue import Catalogue
 from tickwork.convert import as_metadata, is_finite
-from tickwork.engine.engine import Engine, EngineStatistics
+from tickwork.engine.engine import Engine
 from tickwork.engine.portal import Portal
 from tickwork.engine.request import Request
+from tickwork.engine.statistics import EngineStatistics
 from tickwork.engine.thread import EngineThread
 from tickwork.errors import ClosedError, InvalidRequestError, WrongThreadError
 from tickwork.executor import LocalExecutor

@@ -17,8 +17,8 @@ from tickwork.clients.rest import RestClient
 from tickwork.clients.sampling import SamplingClient
 from tickwork.clients.training import TrainingClient, open_sampler
 from tickwork.convert import as_metadata
-from tickwork.engine.engine import EngineStatistics
 from tickwork.engine.request import Request
+from tickwork.engine.statistics import EngineStatistics
 from tickwork.errors import InvalidRequestError
 from tickwork.futures import Future
 from tickwork.models import supported

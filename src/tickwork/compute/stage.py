@@ -44,16 +44,20 @@ class Device:
         dtype: ``"float32"`` or ``"bfloat16"`` for base models; None means float32 on CPU, bfloat16 on CUDA.
             Adapters, gradients, moments and logits are always float32.
         max_tokens: tokens of one forward of the sampler.
+        invariant: a client's results are bit-equal whoever else is served.
 
     Room: the device thread.
     """
 
-    def __init__(self, catalogue: Catalogue, device: str | None, dtype: str | None, max_tokens: int) -> None:
+    def __init__(
+        self, catalogue: Catalogue, device: str | None, dtype: str | None, max_tokens: int, *, invariant: bool = False
+    ) -> None:
         self._store = Store(catalogue)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._usable = self._device.type == "cpu" or (self._device.index or 0) < torch.cuda.device_count()
         self._dtype = DTYPES[dtype or ("bfloat16" if self._device.type == "cuda" else "float32")]
         self._max_tokens = max_tokens
+        self._invariant = invariant
         # On CPU nothing is gained, and one request's lack of memory would be that of all.
         self._steps_together = self._device.type != "cpu"
         self._bases: dict[str, BaseModel] = {}
