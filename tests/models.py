@@ -26,12 +26,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from planning import plan
 from tickwork.catalogue import Catalogue
 from tickwork.compute.lora import Adapter
 from tickwork.compute.model import BaseModel
 from tickwork.compute.rows import Packed, Row, pack
 from tickwork.compute.stage import Device, TrainingModel
-from tickwork.engine.plan import Stage, plan
+from tickwork.engine.plan import Stage
 from tickwork.engine.request import Outcome, Request
 from tickwork.requests import CreateModel, ForwardBackward, Sample
 from tickwork.types import Datum, LoraConfig, ModelInput, SamplingParams

@@ -332,6 +332,8 @@ def test_a_bad_adapter_is_refused(service: tickwork.ServiceClient, arguments: di
         ({"device": "tpu"}, "device"),
         ({"cycle_period": -1.0}, "cycle_period"),
         ({"max_tokens_per_pass": 0}, "max_tokens_per_pass"),
+        ({"merge": 0}, "merge"),
+        ({"invariant": "yes"}, "invariant"),
     ],
 )
 def test_a_bad_setting_of_the_service_is_refused(arguments: dict[str, Any], field: str) -> None:

@@ -294,3 +294,53 @@ def test_a_script_that_never_closes_still_drains(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
 
     assert len(list((tmp_path / "runs").glob("*/weights/last/tickwork.json"))) == 1
+
+
+def test_a_share_is_set_or_refused_by_name(service: tinker.ServiceClient) -> None:
+    """``set_share`` reaches the engine's planner, takes numpy's floats, and goes with its client."""
+    client = service.create_lora_training_client(TINY, rank=1, seed=0)
+    client.set_share(np.float64(2.5))
+    shares = vars(service.host.engine)["_planner"]._shares
+    assert shares[client.model_id] == 2.5
+    with pytest.raises(tinker.InvalidRequestError, match="share: 0"):
+        client.set_share(0)
+    model_id = client.model_id
+    client.forward([datum()], "cross_entropy").result(60)
+    del client
+    service.create_lora_training_client(TINY, rank=1, seed=0).result(60)  # behind the release
+    assert model_id not in shares
+
+
+def test_the_info_tells_a_hint(service: tinker.ServiceClient, callers: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``get_info`` has what the engine makes of the client's lane, as of now; None while there is nothing to say."""
+
+    async def script(ask: Ask) -> Any:
+        client = await ask(service.create_lora_training_client, TINY, rank=1, seed=0)
+        before = await ask(client.get_info)
+        monkeypatch.setattr(service.host.engine, "hint", lambda lane: f"of {lane}")
+        return client.model_id, before.hint, (await ask(client.get_info)).hint
+
+    model_id, before, after = callers.run(script)
+    assert (before, after) == (None, f"of {model_id}")
+
+
+@pytest.mark.parametrize("settings", [{"invariant": True}, {"invariant": True, "merge": True}, {"merge": False}])
+def test_apart_from_others_a_client_gets_the_same_bits(settings: dict[str, bool]) -> None:
+    """With passes that are not merged, a neighbour's rows change no bit of a client's results."""
+
+    def logprobs(neighbours: int) -> tuple[list[Any], int]:
+        with tinker.ServiceClient(max_tokens_per_pass=64, **settings) as service:  # type: ignore[arg-type]
+            clients = [service.create_lora_training_client(TINY, rank=2, seed=n) for n in range(1 + neighbours)]
+            clients[0].result(60)
+            data = [datum("copy: abc -> abc"), datum(), datum("copy: 12 -> 12")]
+            for _ in range(2):
+                for client in reversed(clients):
+                    client.forward_backward(data, "cross_entropy")
+                    client.optim_step(ADAM)
+            found = clients[0].forward(data, "cross_entropy").result(60)
+            return [out["logprobs"].data for out in found.loss_fn_outputs], service.statistics().passes
+
+    alone, passes = logprobs(0)
+    beside, all_passes = logprobs(1)
+    assert beside == alone
+    assert all_passes == passes + 2 * passes // 3  # the neighbour asks for two of its three batches

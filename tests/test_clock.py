@@ -61,7 +61,7 @@ async def test_a_window_closes_a_period_after_its_first_arrival(autojump_clock: 
 
 async def test_a_full_window_closes_at_once(autojump_clock: MockClock) -> None:
     """A window that reaches the token budget does not wait for its period."""
-    queue, clock = Queue(), Clock(period=60.0, tokens=10)
+    queue, clock = Queue(), Clock(period=60.0, tokens=lambda: 10)
 
     async def arrive() -> None:
         for _ in range(4):

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
-from tickwork.engine.engine import DECODE_SLICE, DECODE_TURN, Engine, EngineStatistics, LaneStatistics
+from tickwork.engine.engine import DECODE_SLICE, DECODE_TURN, Engine
 from tickwork.engine.plan import Stage
 from tickwork.engine.portal import Portal
 from tickwork.engine.request import BASE_WEIGHT, Outcome, Request
+from tickwork.engine.statistics import EngineStatistics, LaneStatistics
 from tickwork.errors import (
     CheckpointError,
     ClosedError,
@@ -216,7 +217,7 @@ async def test_an_idle_engine_sets_no_timer(autojump_clock: MockClock) -> None:
 
 
 async def test_no_lane_starves(autojump_clock: MockClock) -> None:
-    """A request runs in the cycle after the one it arrived in, however large another lane's backlog is."""
+    """A request runs in the pass after the one it arrived in, however large another lane's backlog is."""
     executor, begun = FakeExecutor(token_cost=1), {}
 
     async def flood(portal: Portal) -> None:
@@ -234,9 +235,9 @@ async def test_no_lane_starves(autojump_clock: MockClock) -> None:
             nursery.cancel_scope.cancel()
 
     for name, arrived in begun.items():
-        [cycle] = [ran.cycle for ran in executor.ran if name in names(ran.stage)]
-        busy_at_arrival = next(ran.cycle for ran in executor.ran if ran.begun <= arrived <= ran.ended)
-        assert cycle - busy_at_arrival <= 1
+        [place] = [place for place, ran in enumerate(executor.ran) if name in names(ran.stage)]
+        busy_at_arrival = next(place for place, ran in enumerate(executor.ran) if ran.begun <= arrived <= ran.ended)
+        assert place - busy_at_arrival <= 1
 
 
 clients = st.lists(
@@ -837,13 +838,17 @@ async def test_statistics(autojump_clock: MockClock) -> None:
         await portal.submit(a_step("a", "a3"))
         after = engine.statistics()
 
-    assert (during.queued, during.peak_queued, during.credits) == (2, 2, 6 + 4 + 1 + 4 * BASE_WEIGHT)
+    assert (during.queued, during.peak_queued, during.credits) == (4, 4, 6 + 4 + 1 + 4 * BASE_WEIGHT)
     assert (during.cycles, during.requests, during.busy) == (1, 0, 0)
     assert (after.cycles, after.passes, after.tokens, after.requests) == (3, 4, 11, 5)
     assert after.busy == 6 + 2 + 5 + 2
     assert after.uptime == trio.current_time()
     assert (after.queued, after.credits, after.waiting) == (0, 0, 0)
-    assert after.lanes == {"a": LaneStatistics(cycles=2, missed=1), "b": LaneStatistics(cycles=1, missed=1)}
+    assert after.peak_queued == 4
+    assert after.lanes == {
+        "a": LaneStatistics(cycles=3, missed=0, requests=3, tokens=6, waited=0 + 3 + 0, device=3 + 5 + 2),
+        "b": LaneStatistics(cycles=1, missed=1, requests=2, tokens=5, waited=7 + 11, device=5),
+    }
 
 
 def nothing_yet(limit: int) -> EngineStatistics:

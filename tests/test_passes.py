@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from models import VOCAB, Bench, Oracle, data_of, datum, numbers, off, step, train
+from planning import plan
 from tickwork.compute.model import BaseModel
-from tickwork.engine.plan import plan
 from tickwork.errors import CapacityError, InvalidRequestError, LossError
 from tickwork.requests import OptimStep
 from tickwork.types import AdamParams, Datum, TensorData
@@ -155,8 +155,7 @@ def test_one_pass_and_probe_and_apply_agree(bench: Bench, name: str) -> None:
         return CUSTOM[name](given, logprobs)
 
     request = train("a", data, loss_fn)
-    (stage,) = plan([request], 10)
-    phases = [piece.phase for item in stage.passes for piece in item.pieces]
+    phases = [piece.phase for stage in plan([request], 10) for item in stage.passes for piece in item.pieces]
     assert phases == sorted(phases, reverse=True)
     assert phases.count("probe") == phases.count("apply") > 1
     one = bench.one(train("a", data, loss_fn))
@@ -226,7 +225,7 @@ def test_a_broken_custom_loss_harms_nobody(bench: Bench, case: str, max_tokens: 
     bench.model("b").state.grad.zero_()
     requests = [train("a", mine, loss_fn), train("b", theirs)]
     if max_tokens == 4096:
-        assert len(plan(requests, max_tokens)[0].passes) == 1
+        assert len(plan(requests, max_tokens)) == 1
     failed, fine = bench.run(*requests, max_tokens=max_tokens)
     assert isinstance(failed.error, LossError)
     assert words in str(failed.error)
@@ -273,7 +272,7 @@ def test_lanes_in_one_pass_equal_each_alone(bench: Bench) -> None:
         alone.append(bench.gradient(lane))
         bench.model(lane).state.grad.zero_()
     requests = [train("a", mine), train("b", theirs)]
-    assert len(plan(requests, 4096)[0].passes) == 1
+    assert len(plan(requests, 4096)) == 1
     bench.run(*requests)
     assert off(bench.gradient("a"), alone[0]) <= 2e-6
     assert off(bench.gradient("b"), alone[1]) <= 2e-6

@@ -54,17 +54,6 @@ async def test_arrivals_are_stamped_and_told(autojump_clock: MockClock) -> None:
     assert (first.received, second.received) == (begun, begun + 3)
 
 
-async def test_peak_is_the_longest_the_queue_has_been() -> None:
-    """Draining does not lower the peak."""
-    queue = Queue()
-    for _ in range(3):
-        queue.post(request())
-    queue.drain()
-    queue.post(request())
-
-    assert queue.peak == 3
-
-
 async def test_wait_asks_again_after_each_change() -> None:
     """A waiter wakes when a post makes its condition true, not before."""
     queue = Queue()

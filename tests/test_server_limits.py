@@ -6,9 +6,10 @@ import httpx
 import pytest
 import zstandard
 
-from served import PROTOBUF, TINY, VERSION, Raw, datum, pass_body
+from served import PROTOBUF, TINY, VERSION, Raw, datum, pass_body, sdk
+from tickwork.engine.engine import Engine
 from tickwork.errors import InvalidRequestError
-from tickwork.server import Settings, serving
+from tickwork.server import Settings, serve, serving
 from tickwork.server.app import ROUTES
 from tickwork.server.keys import Keys, read_keys
 
@@ -71,6 +72,25 @@ def test_keys_are_read_from_a_file_and_the_environment(tmp_path):
         file.write_text(bad)
         with pytest.raises(InvalidRequestError):
             read_keys(file, None)
+
+
+def test_an_owner_has_a_share():
+    keys = Keys(["tml-key1 ann 3", "tml-key2 ann", "tml-key3 bob", "tml-key4", "tml-key5 eve  0.5 "])
+    assert [keys.owner(f"tml-key{number}") for number in (1, 2, 5)] == ["ann", "ann", "eve"]
+    assert [keys.share(owner) for owner in ("ann", "bob", "eve", "nobody")] == [3.0, 1.0, 0.5, 1.0]
+    assert Keys().share("") == 1.0
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "inf", "nan", "much", "1 2"])
+def test_a_share_is_a_finite_number_above_0(share):
+    with pytest.raises(InvalidRequestError, match="entry 2"):
+        Keys(["tml-key1 bob", f"tml-key2 ann {share}"])
+
+
+def test_an_owner_has_one_share():
+    Keys(["tml-key1 ann 2", "tml-key2 ann 2.0"])
+    with pytest.raises(InvalidRequestError, match="entry 2 gives 'ann' a second"):
+        Keys(["tml-key1 ann 2", "tml-key2 ann 3"])
 
 
 def test_without_keys_only_loopback_is_served():
@@ -211,3 +231,34 @@ def test_what_the_client_accepts_decides_the_form(ann):
     promise = ann.forward_backward(model, 1, [datum()]).json()
     assert ann.result(promise["request_id"])["metrics"]["loss:sum"] > 0
     assert ann.poll(promise["request_id"], proto=True).headers["content-type"] == PROTOBUF
+
+
+def test_models_get_the_share_of_their_owner(monkeypatch):
+    given = []
+    monkeypatch.setattr(Engine, "set_share", lambda self, lane, share: given.append((lane, share)))
+    with serving(Settings(models=(TINY,), port=0, keys=Keys(["tml-anna ann 3", "tml-bobb bob"]))) as url:
+        with Raw(url, "tml-anna") as ann, Raw(url, "tml-bobb") as bob:
+            models = [ann.model(), bob.model()]
+    assert given == [(models[0], 3.0), (models[1], 1.0)]
+
+
+def test_a_hint_is_told_and_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(Engine, "hint", lambda self, lane: "missed 9 of 20 cycles: submit the next request sooner")
+    monkeypatch.setattr("tickwork.server.server.SWEEP_SECONDS", 0.01)
+    with serving(Settings(models=(TINY,), port=0)) as url:
+        with Raw(url) as raw:
+            model = raw.model()
+            for _ in range(20):
+                assert raw.ok("get_info", {"model_id": model})["hint"].startswith("missed 9 of 20 cycles")
+        with sdk(url) as service:
+            assert service.create_lora_training_client(TINY, rank=1).result(60).get_info().lora_rank == 1
+    assert caplog.text.count(f"{model} missed 9 of 20 cycles") == 1
+
+
+def test_switches_of_the_planner_are_settings(monkeypatch):
+    made = []
+    make = serve.make_engine
+    monkeypatch.setattr(serve, "make_engine", lambda *given, **more: made.append(more) or make(*given, **more))
+    with serving(Settings(models=(TINY,), port=0, merge=False, invariant=True)) as url:
+        assert httpx.get(f"{url}/api/v1/healthz").status_code == 200
+    assert made == [{"merge": False, "invariant": True}]

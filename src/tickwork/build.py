@@ -11,7 +11,7 @@ from tickwork.convert import as_adam_params, as_config, as_data, as_integer, as_
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError
 from tickwork.records import check_name, expiry
-from tickwork.requests import CreateModel, ForwardBackward, Load, OpenSampler, OptimStep, Save
+from tickwork.requests import CreateModel, ForwardBackward, Load, OpenSampler, OptimStep, Release, Save
 from tickwork.results import ParsedCheckpointTinkerPath
 from tickwork.seal import check_recipients
 from tickwork.types import LoraConfig
@@ -92,6 +92,11 @@ def open_sampler(key: str, path: str | None, base_model: str | None) -> Request:
     if path is not None:
         ParsedCheckpointTinkerPath.from_tinker_path(path)
     return Request("step", key, OpenSampler(key, base_model, path))
+
+
+def release(key: str, lane: str) -> Request:
+    """Build what lets go of a training model or a sampler; a lane that bears its name ends with it."""
+    return Request("step", lane, Release(key), ends_lane=key == lane)
 
 
 def _checked(lora: LoraConfig) -> LoraConfig:

@@ -38,11 +38,13 @@ SWITCH_SECONDS = 5e-4
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; only loopback without keys."
 )
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
-@click.option("--keys", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=f"File with one API key a line, 'KEY OWNER'. {KEYS_VARIABLE} adds keys, separated by commas.")  # fmt: skip  # noqa: E501
+@click.option("--keys", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=f"File with one API key a line, 'KEY OWNER [SHARE]'. {KEYS_VARIABLE} adds keys, separated by commas.")  # fmt: skip  # noqa: E501
 @click.option("--device", help="cpu, cuda or cuda:N; the default takes CUDA where there is one.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the base models.")
 @click.option("--cycle-period", default=0.0, show_default=True, help="Seconds that a window of arrivals stays open.")
 @click.option("--max-tokens-per-pass", type=click.IntRange(1), help="Tokens that go through the model at once.")
+@click.option("--merge/--no-merge", default=True, show_default=True, help="Whether clients' rows may share a pass.")
+@click.option("--invariant", is_flag=True, help="Results are bit-equal whoever else is served; implies --no-merge.")
 @click.option("--max-models", default=64, show_default=True, help="Training models that one key may hold.")
 @click.option("--max-samplers", default=64, show_default=True, help="Samplers whose weights are held for one key.")
 @click.option(
@@ -73,6 +75,8 @@ def serve(max_body_mib: int, max_decompressed_mib: int, keys: Path | None, **giv
 @click.argument("owner", default="")
 def new_key(owner: str) -> None:
     """Make an API key for OWNER and print the line for a key file."""
+    if len(owner.split()) > 1:
+        raise click.UsageError("OWNER is one word: what follows it in a key file is the owner's share")
     click.echo(f"tml-{secrets.token_urlsafe(24)} {owner}".rstrip())
 
 

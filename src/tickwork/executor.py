@@ -29,6 +29,10 @@ class Executor(Protocol):
     def sampling(self) -> bool:
         """Whether admitted samples are unfinished, so that turns of decoding are needed."""
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that a pass may hold now; fewer than before, perhaps, once memory has run out."""
+
     def open(self) -> AbstractAsyncContextManager[None]:
         """Make ready; leaving the context ends the current job and frees everything."""
 
@@ -53,11 +57,16 @@ class LocalExecutor:
         catalogue: where checkpoints lie.
         device: see ``compute.stage.Device``.
         dtype: see ``compute.stage.Device``.
-        max_tokens: tokens of one forward of the sampler.
+        max_tokens: tokens of one pass, and of one forward of the sampler.
+        invariant: see ``compute.stage.Device``.
     """
 
-    def __init__(self, catalogue: Catalogue, device: str | None, dtype: str | None, max_tokens: int) -> None:
+    def __init__(
+        self, catalogue: Catalogue, device: str | None, dtype: str | None, max_tokens: int, *, invariant: bool = False
+    ) -> None:
         self._settings = (catalogue, device, dtype, max_tokens)
+        self._invariant = invariant
+        self._max_tokens = max_tokens
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._device: Any = None
         self._nudged = False
@@ -66,6 +75,11 @@ class LocalExecutor:
     def sampling(self) -> bool:
         """Whether admitted samples are unfinished."""
         return self._device is not None and bool(self._device.sampling)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that a pass may hold."""
+        return self._max_tokens
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -103,7 +117,7 @@ class LocalExecutor:
         if self._device is None:
             from tickwork.compute.stage import Device  # noqa: PLC0415  torch is imported when first needed
 
-            self._device = Device(*self._settings)
+            self._device = Device(*self._settings, invariant=self._invariant)
         outcomes: list[Outcome] = self._device.run(stage, cycle, lambda: self._nudged)
         return outcomes
 

@@ -91,7 +91,11 @@ class ModelData:
 
 @attrs.frozen
 class GetInfoResponse:
-    """What a training client trains."""
+    """What a training client trains.
+
+    Args:
+        hint: one sentence if the client loses time by waiting for each result while others are busy, else None.
+    """
 
     model_data: ModelData
     model_id: str
@@ -100,6 +104,7 @@ class GetInfoResponse:
     lora_rank: int | None = None
     seed: int | None = None
     optimizer_config: AdamOptimizerConfig = attrs.Factory(AdamOptimizerConfig)
+    hint: str | None = None
 
 
 @attrs.frozen

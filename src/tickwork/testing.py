@@ -46,6 +46,7 @@ class FakeExecutor:
         step_cost: seconds of a step.
         draw_cost: seconds of one turn of decoding, in which each unfinished sample draws a token.
         draws: tokens that a sample draws before it is finished.
+        max_tokens: tokens that a pass may hold; the attribute of that name may be changed as the engine runs.
         failures: what befalls requests, by payload: a ``RequestFailedError`` fails that request alone, any
             other exception is the death of the device.
 
@@ -59,10 +60,12 @@ class FakeExecutor:
         step_cost: float = 0.0,
         draw_cost: float = 0.0,
         draws: int = 1,
+        max_tokens: int = 4096,
         failures: Mapping[object, Exception] | None = None,
     ) -> None:
         self._token_cost, self._step_cost, self._draw_cost = token_cost, step_cost, draw_cost
         self._draws = draws
+        self.max_tokens = max_tokens
         self._failures = dict(failures or {})
         self._drawing: dict[Request, int] = {}
         self._busy = self._nudged = False
@@ -158,8 +161,9 @@ class EngineSettings(TypedDict, total=False):
     """The keyword arguments of ``Engine``."""
 
     cycle_period: float
-    max_tokens_per_pass: int
+    max_tokens_per_pass: int | None
     max_queued_tokens: int
+    merge: bool
 
 
 @asynccontextmanager

@@ -10,16 +10,17 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tickwork import build
 from tickwork.catalogue import Catalogue
 from tickwork.convert import as_metadata, is_finite
-from tickwork.engine.engine import Engine, EngineStatistics
+from tickwork.engine.engine import Engine
 from tickwork.engine.portal import Portal
 from tickwork.engine.request import Request
+from tickwork.engine.statistics import EngineStatistics
 from tickwork.engine.thread import EngineThread
 from tickwork.errors import ClosedError, InvalidRequestError, WrongThreadError
 from tickwork.executor import LocalExecutor
 from tickwork.futures import Future, must_run
-from tickwork.requests import Release
 
 Build = Callable[[], Request]
 
@@ -94,7 +95,15 @@ class Host:
     def forget(self, key: str, lane: str) -> None:
         """Let go of a model or sampler after all that was asked of it. Safe in a finaliser."""
         if self._portal is not None and not self._closed:
-            self._portal.drop(Request("step", lane, Release(key)))
+            self._portal.drop(build.release(key, lane))
+
+    def set_share(self, lane: str, share: float) -> None:
+        """Set a lane's part of a busy device; see ``Engine.set_share``."""
+        self.engine.set_share(lane, share)
+
+    def hint(self, lane: str) -> str | None:
+        """Return how a lane's client could lose less time, or None."""
+        return self.engine.hint(lane)
 
     def statistics(self) -> EngineStatistics:
         """Return the engine's counters."""
@@ -124,9 +133,16 @@ class Host:
 
 
 def make_engine(
-    catalogue: Catalogue, device: str | None, dtype: str | None, cycle_period: float, max_tokens: int | None
+    catalogue: Catalogue,
+    device: str | None,
+    dtype: str | None,
+    cycle_period: float,
+    max_tokens: int | None,
+    *,
+    merge: bool = True,
+    invariant: bool = False,
 ) -> Engine:
-    """Build an engine with a local executor.
+    """Build an engine with a local executor; arguments as for ``ServiceClient``.
 
     Raises:
         InvalidRequestError: a setting that is not offered, by name.
@@ -137,8 +153,12 @@ def make_engine(
         raise InvalidRequestError(f"{device!r}; 'cpu', 'cuda' or 'cuda:N'", field="device")
     if not is_finite(cycle_period) or cycle_period < 0:
         raise InvalidRequestError(f"{cycle_period!r}; seconds, at least 0", field="cycle_period")
+    for name, value in (("merge", merge), ("invariant", invariant)):
+        if not isinstance(value, bool):
+            raise InvalidRequestError(f"{value!r}; True or False", field=name)
     tokens = MAX_TOKENS_PER_PASS if max_tokens is None else max_tokens
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise InvalidRequestError(f"{max_tokens!r}; a whole number, at least 1", field="max_tokens_per_pass")
-    executor = LocalExecutor(catalogue, device, dtype, tokens)
-    return Engine(executor, cycle_period=cycle_period, max_tokens_per_pass=tokens)
+    executor = LocalExecutor(catalogue, device, dtype, tokens, invariant=invariant)
+    merge = merge and not invariant
+    return Engine(executor, cycle_period=cycle_period, max_tokens_per_pass=max_tokens, merge=merge)

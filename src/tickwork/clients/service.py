@@ -17,8 +17,8 @@ from tickwork.clients.rest import RestClient
 from tickwork.clients.sampling import SamplingClient
 from tickwork.clients.training import TrainingClient, open_sampler
 from tickwork.convert import as_metadata
-from tickwork.engine.engine import EngineStatistics
 from tickwork.engine.request import Request
+from tickwork.engine.statistics import EngineStatistics
 from tickwork.errors import InvalidRequestError
 from tickwork.futures import Future
 from tickwork.models import supported
@@ -41,6 +41,10 @@ class ServiceClient:
         dtype: of base models: ``"float32"`` or ``"bfloat16"``; None means float32 on CPU, bfloat16 on CUDA.
         cycle_period: seconds that a window of arrivals stays open for other clients to join a cycle.
         max_tokens_per_pass: tokens that go through the model at once; None means 4096.
+        merge: whether rows of several training clients may share a pass. Without, passes take turns and each holds
+            one client's rows, cut as if it were alone; for measuring what sharing gains.
+        invariant: a client's results are bit-equal whoever else is served, as long as no pass runs out of memory.
+            Passes are then never merged, whatever ``merge`` says, which only allows it: it costs what merging gains.
 
     Room: any thread, asyncio loop or Trio run. Leaving ``with`` or ``async with`` normally drains what was
     accepted and joins; leaving by an exception lets the current job end, fails the rest and joins.
@@ -55,9 +59,12 @@ class ServiceClient:
         dtype: DTypeName | None = None,
         cycle_period: float = 0.0,
         max_tokens_per_pass: int | None = None,
+        merge: bool = True,
+        invariant: bool = False,
     ) -> None:
         catalogue = Catalogue(store)
-        engine = make_engine(catalogue, device, dtype, cycle_period, max_tokens_per_pass)
+        tokens = max_tokens_per_pass
+        engine = make_engine(catalogue, device, dtype, cycle_period, tokens, merge=merge, invariant=invariant)
         self.host = Host(engine, catalogue, user_metadata)
 
     def create_lora_training_client(

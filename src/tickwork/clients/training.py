@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
+import attrs
+
 from tickwork import build
 from tickwork.clients.host import Host
 from tickwork.clients.ready import Ready
@@ -208,13 +210,27 @@ class TrainingClient(Ready):
         """``create_sampling_client``, once the weights are there."""
         return await open_sampler(self._host, model_path, None)
 
+    def set_share(self, share: float) -> None:
+        """Set this client's part of a busy device, from the next pass on; nothing is waited for.
+
+        Args:
+            share: finite and above 0; 1 unless set. While several clients have rows to run, the tokens of passes
+                are divided among them in proportion to their shares.
+
+        Room: any thread.
+
+        Raises:
+            InvalidRequestError: any other value.
+        """
+        self._host.set_share(self.model_id, share)
+
     def get_info(self) -> GetInfoResponse:
-        """Return what is trained; waits until the model is there."""
-        return self._ready.result()  # type: ignore[no-any-return]
+        """Return what is trained, and a hint if time is lost; waits until the model is there."""
+        return attrs.evolve(self._ready.result(), hint=self._host.hint(self.model_id))  # type: ignore[no-any-return]
 
     async def get_info_async(self) -> GetInfoResponse:
-        """Return what is trained."""
-        return await self._ready  # type: ignore[no-any-return]
+        """``get_info``, awaited."""
+        return attrs.evolve(await self._ready, hint=self._host.hint(self.model_id))  # type: ignore[no-any-return]
 
     def get_tokenizer(self) -> Any:
         """Return the base model's transformers tokenizer."""

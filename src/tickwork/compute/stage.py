@@ -45,16 +45,20 @@ class Device:
         dtype: ``"float32"`` or ``"bfloat16"`` for base models; None means float32 on CPU, bfloat16 on CUDA.
             Adapters, gradients, moments and logits are always float32.
         max_tokens: tokens of one forward of the sampler.
+        invariant: a client's results are bit-equal whoever else is served.
 
     Room: the device thread.
     """
 
-    def __init__(self, catalogue: Catalogue, device: str | None, dtype: str | None, max_tokens: int) -> None:
+    def __init__(
+        self, catalogue: Catalogue, device: str | None, dtype: str | None, max_tokens: int, *, invariant: bool = False
+    ) -> None:
         self._store = Store(catalogue)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._usable = self._device.type == "cpu" or (self._device.index or 0) < torch.cuda.device_count()
         self._dtype = DTYPES[dtype or ("bfloat16" if self._device.type == "cuda" else "float32")]
         self._max_tokens = max_tokens
+        self._invariant = invariant
         self._bases: dict[str, BaseModel] = {}
         self._models: dict[str, TrainingModel] = {}
         self._weights: dict[str, Weights] = {}
@@ -235,7 +239,7 @@ class Device:
         weights = self._weights[key]
         name = weights.base.name
         if name not in self._samplers:
-            self._samplers[name] = Sampler(weights.base, self._max_tokens)
+            self._samplers[name] = Sampler(weights.base, self._max_tokens, invariant=self._invariant)
         self._samplers[name].admit(request, weights.adapter)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import attrs
 import trio
 
@@ -15,17 +17,17 @@ class Clock:
     Args:
         period: seconds that a window stays open for other clients to join; 0 closes it as soon as the
             executor is free, so that a client who waits for each result loses nothing by it.
-        tokens: a window this full closes at once.
+        tokens: a window this full closes at once; asked anew each time, since what goes into a pass may change.
     """
 
     period: float = 0.0
-    tokens: int = 4096
+    tokens: Callable[[], int] = lambda: 4096
 
     def due(self, queue: Queue) -> bool:
         """Whether the open window should close now; False without one."""
         if not queue.pending:
             return False
-        return queue.closed or queue.tokens >= self.tokens or self._left(queue) <= 0
+        return queue.closed or queue.tokens >= self.tokens() or self._left(queue) <= 0
 
     async def wait(self, queue: Queue) -> None:
         """Wait until a window is due, or the queue is closed and empty. Cancel: safe at any time."""

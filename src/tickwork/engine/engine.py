@@ -1,24 +1,24 @@
-"""``Engine``: drains the queue into cycles, hands stages to the executor, settles futures."""
+"""``Engine``: lets requests in by cycles, hands stages to the executor one by one, settles futures."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import sys
 from collections.abc import Callable
 from typing import Protocol
 
-import attrs
 import trio
 
 from tickwork.engine.clock import Clock
-from tickwork.engine.plan import Stage, plan
+from tickwork.engine.plan import Planner, Stage
 from tickwork.engine.portal import Portal
 from tickwork.engine.queue import Queue
 from tickwork.engine.request import Outcome, Request
-from tickwork.errors import ClosedError, EngineStoppedError, RequestFailedError
+from tickwork.engine.statistics import Counters, EngineStatistics
+from tickwork.errors import ClosedError, EngineStoppedError, InvalidRequestError, RequestFailedError
 from tickwork.executor import Executor
 from tickwork.futures import no_blocking
 
-# The shortest turn of decoding between two cycles, in seconds.
+# The shortest turn of decoding between two stages, in seconds.
 DECODE_SLICE = 0.05
 # The longest that decoding goes on without looking up: an abort waits for it.
 DECODE_TURN = 0.25
@@ -31,65 +31,19 @@ class Started(Protocol):
         """Take the portal."""
 
 
-@attrs.frozen
-class LaneStatistics:
-    """Cycles that held a request of the lane, and those that ran without one since its first."""
-
-    cycles: int
-    missed: int
-
-
-@attrs.frozen
-class EngineStatistics:
-    """What an engine has done since it started.
-
-    Args:
-        cycles: windows planned and run.
-        passes: passes run.
-        tokens: tokens of those passes.
-        requests: requests settled.
-        busy: seconds the executor was at work.
-        uptime: seconds since the start; ``busy / uptime`` is the occupancy.
-        queued: requests accepted and not yet planned.
-        peak_queued: the most there ever were.
-        credits: weight inside the door, of ``credit_limit``.
-        waiting: callers in front of the door.
-    """
-
-    cycles: int
-    passes: int
-    tokens: int
-    requests: int
-    busy: float
-    uptime: float
-    queued: int
-    peak_queued: int
-    credits: int
-    credit_limit: int
-    waiting: int
-    lanes: dict[str, LaneStatistics]
-
-
-@attrs.define(eq=False)
-class _Counters:
-    cycles: int = 0
-    passes: int = 0
-    tokens: int = 0
-    requests: int = 0
-    busy: float = 0.0
-    started: float = 0.0
-    lane_cycles: dict[str, int] = attrs.Factory(lambda: defaultdict(int))
-    lane_first: dict[str, int] = attrs.Factory(dict)
-
-
 class Engine:
     """Runs accepted requests on one executor, each exactly once, in the order of its lane.
+
+    Lanes share the device pass by pass, see ``Planner``; training and decoding get half of a busy device each, in
+    turns of one stage and one slice of decoding that lasts as long, but at least ``DECODE_SLICE``.
 
     Args:
         executor: where stages run.
         cycle_period: seconds that a window stays open; see ``Clock``.
-        max_tokens_per_pass: bound of one pass; a window with that many tokens closes at once.
+        max_tokens_per_pass: bound of one pass; a window with that many tokens closes at once. The executor's own bound
+            holds where it is smaller, and where this is None.
         max_queued_tokens: bound of everything accepted and not settled; further callers wait at the door.
+        merge: whether requests of several lanes may share a pass; without, each is cut as if it were alone.
     """
 
     def __init__(
@@ -97,16 +51,18 @@ class Engine:
         executor: Executor,
         *,
         cycle_period: float = 0.0,
-        max_tokens_per_pass: int = 4096,
+        max_tokens_per_pass: int | None = None,
         max_queued_tokens: int = 2**24,
+        merge: bool = True,
     ) -> None:
         self._executor = executor
-        self._clock = Clock(cycle_period, max_tokens_per_pass)
         self._max_tokens = max_tokens_per_pass
+        self._clock = Clock(cycle_period, self._bound)
         self._max_queued = max_queued_tokens
         self._queue = Queue(self._take)
+        self._planner = Planner(merge=merge)
         self._live: set[Request] = set()
-        self._count = _Counters()
+        self._count = Counters()
         self._portal: Portal | None = None
         self._nursery: trio.Nursery | None = None
         self._now: Callable[[], float] = lambda: 0.0
@@ -132,6 +88,26 @@ class Engine:
             raise
         self._portal.credits.shut(ClosedError("the service is closed"))
 
+    def set_share(self, lane: str, share: float) -> None:
+        """Set a lane's part of a busy device, from its next pass on.
+
+        Args:
+            share: the tokens that it gets, in proportion to the shares of others that have rows to run; 1 unless set.
+
+        Room: any thread.
+
+        Raises:
+            InvalidRequestError: not finite, or not above 0.
+        """
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not 0 < share <= sys.float_info.max:
+            raise InvalidRequestError(f"{share!r}; a finite number above 0", field="share")
+        self._planner.set_share(lane, float(share))
+
+    def hint(self, lane: str) -> str | None:
+        """Return how a lane's client could lose less time, or None; see ``LaneStatistics``. Room: any thread."""
+        return self._count.hint(lane)
+
     def statistics(self) -> EngineStatistics:
         """Return counters. Room: any thread; numbers of a running engine may be a moment apart."""
         count, door = self._count, self._portal.credits if self._portal else None
@@ -142,15 +118,12 @@ class Engine:
             requests=count.requests,
             busy=count.busy,
             uptime=self._now() - count.started,
-            queued=len(self._queue.pending),
-            peak_queued=self._queue.peak,
+            queued=self._queued,
+            peak_queued=count.peak,
             credits=door.inside if door else 0,
             credit_limit=self._max_queued,
             waiting=door.waiting if door else 0,
-            lanes={
-                lane: LaneStatistics(cycles, count.cycles - count.lane_first[lane] - cycles)
-                for lane, cycles in dict(count.lane_cycles).items()
-            },
+            lanes=count.lanes(),
         )
 
     async def _run_all(self, task_status: Started) -> None:
@@ -161,37 +134,48 @@ class Engine:
             self._nursery = nursery
             task_status.started(self._portal)
             try:
-                await self._cycles()
+                await self._turns()
             except Exception as error:
                 death = error
                 nursery.cancel_scope.cancel("the executor died")
         if death is not None:
             raise death
 
-    async def _cycles(self) -> None:
+    async def _turns(self) -> None:
         while True:
-            if not self._executor.sampling:
+            if not self._executor.sampling and not self._planner:
                 await self._clock.wait(self._queue)
-            spent = await self._cycle() if self._clock.due(self._queue) else 0.0
+            self._close_window()
+            stage = self._planner.next(self._bound())
+            spent = 0.0 if stage is None else await self._run(stage)
             if self._executor.sampling:
-                # Training and decoding get equal shares of a busy device.
                 await self._decode(max(DECODE_SLICE, spent))
-            elif self._queue.closed and not self._queue.pending:
+            elif self._queue.closed and not self._queue.pending and not self._planner:
                 return
 
-    async def _cycle(self) -> float:
-        requests = self._queue.drain()
-        self._live.update(requests)
-        self._note_cycle(requests)
-        stages = plan(requests, self._max_tokens)
-        return sum([await self._run(job) for stage in stages for job in stage.jobs()])
+    def _close_window(self) -> None:
+        """Let in what waits, if it is time: a cycle begins."""
+        if self._clock.due(self._queue):
+            requests = self._queue.drain()
+            self._live.update(requests)
+            self._count.begin_cycle(requests)
+            for request in requests:
+                self._planner.add(request)
 
     async def _decode(self, seconds: float) -> None:
         until = trio.current_time() + seconds
         while self._executor.sampling and (left := until - trio.current_time()) > 0:
-            await self._run(Stage(decode=min(left, DECODE_TURN)))
             if any(request.kind == "sample" for request in self._queue.pending):
-                return  # those join the batch before it goes on
+                self._close_window()  # those join the batch before it goes on, and cost it none of its turn
+            await self._run(Stage(samples=self._planner.samples(), decode=min(left, DECODE_TURN)))
+
+    def _bound(self) -> int:
+        most = self._executor.max_tokens
+        return most if self._max_tokens is None else min(most, self._max_tokens)
+
+    @property
+    def _queued(self) -> int:
+        return len(self._queue.pending) + len(self._planner)
 
     def _take(self, request: Request) -> bool:
         """Start a call at once, beside the cycles; end a turn of decoding for a sample that waits to join."""
@@ -201,25 +185,18 @@ class Engine:
             return True
         if request.kind == "sample":
             self._executor.nudge()
+        self._count.peak = max(self._count.peak, self._queued + 1)
         return False
-
-    def _note_cycle(self, requests: list[Request]) -> None:
-        for lane in {request.lane for request in requests}:
-            self._count.lane_first.setdefault(lane, self._count.cycles)
-            self._count.lane_cycles[lane] += 1
-        self._count.cycles += 1
 
     async def _run(self, stage: Stage) -> float:
         # The executor shields its stage, so this is where an abort comes through between two of them.
         await trio.lowlevel.checkpoint_if_cancelled()
         begun = trio.current_time()
-        for outcome in await self._executor.run(stage, self._count.cycles):
+        outcomes = await self._executor.run(stage, self._count.cycles)
+        self._count.ran(stage, begun, trio.current_time())
+        for outcome in outcomes:
             self._settle(outcome)
-        spent = trio.current_time() - begun
-        self._count.passes += len(stage.passes)
-        self._count.tokens += sum(item.tokens for item in stage.passes)
-        self._count.busy += spent
-        return spent
+        return trio.current_time() - begun
 
     async def _call(self, request: Request) -> None:
         try:
@@ -235,7 +212,9 @@ class Engine:
 
     def _settle(self, outcome: Outcome) -> None:
         self._live.discard(outcome.request)
-        self._count.requests += 1
+        self._count.settled(outcome.request)
+        if outcome.request.ends_lane:
+            self._planner.forget(outcome.request.lane)
         if outcome.error is not None:
             outcome.request.future.set_error(outcome.error)
         else:

@@ -25,7 +25,6 @@ class Queue:
         self.pending: list[Request] = []
         self.tokens = 0
         self.closed = False
-        self.peak = 0
         self._refusal: Exception = ClosedError("the engine is closing and takes no new requests")
         self._changed = trio.Event()
 
@@ -42,7 +41,6 @@ class Queue:
         request.received = trio.current_time()
         self.pending.append(request)
         self.tokens += request.tokens
-        self.peak = max(self.peak, len(self.pending))
         self._wake()
 
     def close(self, error: Exception | None = None) -> None:

@@ -27,6 +27,7 @@ class Request:
         rows: tokens of each datum of a pass.
         whole: all logprobs must be known before any gradient (custom losses).
         tokens: tokens it brings in, for credits and windows.
+        ends_lane: nothing is asked of the lane after it, so that no record of it need be kept.
     """
 
     kind: Kind
@@ -35,6 +36,7 @@ class Request:
     rows: tuple[int, ...] = ()
     whole: bool = False
     tokens: int = 0
+    ends_lane: bool = False
     cancelled: bool = False
     received: float = 0.0
     future: Future[Any] = attrs.field(init=False)

@@ -75,6 +75,7 @@ class Lane:
     Args:
         model_id: whose requests.
         owner: whose model.
+        told: whether its hint has been logged.
     """
 
     model_id: str
@@ -84,6 +85,7 @@ class Lane:
     next: int = 1
     held: dict[int, tuple[Ask, Promise, float]] = attrs.Factory(dict)
     given_up: set[int] = attrs.Factory(set)
+    told: bool = False
 
     def request_id(self, seq_id: int) -> str:
         """Name a request: the same number, the same name, whatever became of it."""

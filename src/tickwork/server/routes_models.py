@@ -91,6 +91,7 @@ async def get_info(server: Server, owner: str, request: HttpRequest) -> Response
             "lora_rank": info.lora_rank,
             "model_name": info.model_name,
             "optimizer_config": {"type": "adamw"},
+            "hint": server.engine.hint(info.model_id),
         }
     )
 
@@ -158,6 +159,7 @@ def _created(server: Server, session: Session, number: int, kind: Kind, make: Ca
         if len(server.sessions.models_of(session.owner)) >= server.settings.max_models:
             most = server.settings.max_models
             raise HttpError(403, f"this key holds {most} training models, the most it may: close some of them")
+        server.engine.set_share(model_id, server.settings.keys.share(session.owner))
         created = server.promise(request_id, session.owner, kind, lambda: make(model_id))
         lane = Lane(model_id, session.owner, server.door, server.promises)
         server.sessions.add_model(number, Model(model_id, session, lane, created))

@@ -10,14 +10,13 @@ from contextlib import contextmanager
 
 import trio
 
-from tickwork.build import open_sampler
+from tickwork.build import open_sampler, release
 from tickwork.catalogue import Catalogue
 from tickwork.clients.host import Host, make_engine
 from tickwork.clients.nursery import hosted
-from tickwork.engine.request import Request
+from tickwork.engine.engine import Engine
 from tickwork.futures import Inner
 from tickwork.models import give_name
-from tickwork.requests import Release
 from tickwork.server.app import make_app
 from tickwork.server.http import serve_http
 from tickwork.server.lanes import Door
@@ -50,14 +49,24 @@ async def run(settings: Settings, stop: Stop, task_status: trio.TaskStatus[str] 
         give_name(name, source)
     catalogue = Catalogue(settings.store)
     listener = _listen(settings)
-    tokens = settings.max_tokens_per_pass
-    engine = make_engine(catalogue, settings.device, settings.dtype, settings.cycle_period, tokens)
-    host = Host(engine, catalogue)
+    host = Host(_engine(catalogue, settings), catalogue)
     with listener:
         async with hosted(host):
             await _load(host, settings)
-            server = Server(settings, Door(host.portal), catalogue)
+            server = Server(settings, Door(host.portal), catalogue, host.engine)
             await _serve(server, listener, stop, task_status)
+
+
+def _engine(catalogue: Catalogue, settings: Settings) -> Engine:
+    return make_engine(
+        catalogue,
+        settings.device,
+        settings.dtype,
+        settings.cycle_period,
+        settings.max_tokens_per_pass,
+        merge=settings.merge,
+        invariant=settings.invariant,
+    )
 
 
 @contextmanager
@@ -119,7 +128,7 @@ async def _load(host: Host, settings: Settings) -> None:
     for name in settings.models:
         key = f"load:{name}"
         await (await host.portal.submit_async(open_sampler(key, None, name)))
-        host.portal.drop(Request("step", key, Release(key)))
+        host.portal.drop(release(key, key))
 
 
 class _ServerThread:

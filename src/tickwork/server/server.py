@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -11,19 +12,22 @@ import trio
 from starlette.requests import Request as HttpRequest
 
 from tickwork.catalogue import Catalogue
+from tickwork.engine.engine import Engine
 from tickwork.engine.request import Request
 from tickwork.errors import CheckpointError, InvalidRequestError, TickworkError
 from tickwork.models import locate
 from tickwork.results import ParsedCheckpointTinkerPath
 from tickwork.server import body, strict
 from tickwork.server.answers import HttpError, unknown
-from tickwork.server.lanes import Door
+from tickwork.server.lanes import Door, Lane
 from tickwork.server.promises import Kind, Promise, Promises
 from tickwork.server.sessions import Sessions
 from tickwork.server.settings import Settings
 
 T = TypeVar("T")
 B = TypeVar("B", bound=strict.Body)
+
+log = logging.getLogger("tickwork.server")
 
 SWEEP_SECONDS = 1.0
 
@@ -34,10 +38,11 @@ class Server:
     Room: the Trio run of the engine.
     """
 
-    def __init__(self, settings: Settings, door: Door, catalogue: Catalogue) -> None:
+    def __init__(self, settings: Settings, door: Door, catalogue: Catalogue, engine: Engine) -> None:
         self.settings = settings
         self.door = door
         self.catalogue = catalogue
+        self.engine = engine
         self.promises = Promises()
         self.sessions = Sessions(door)
         self.stopping = trio.Event()
@@ -119,10 +124,17 @@ class Server:
             await trio.sleep(SWEEP_SECONDS)
             for lane in self.sessions.lanes():
                 lane.skip(self.settings.gap_seconds)
+                self._tell(lane)
             rounds += 1
             if rounds % 10 == 0:
                 self.promises.sweep(self.settings.result_seconds, self.settings.refetch_seconds)
                 self.sessions.sweep(self.settings.session_seconds)
+
+    def _tell(self, lane: Lane) -> None:
+        """Log a lane's hint, once."""
+        if not lane.told and (hint := self.engine.hint(lane.model_id)) is not None:
+            lane.told = True
+            log.warning("%s %s", lane.model_id, hint)
 
     async def drain(self) -> None:
         """Take no new work, finish what was accepted, and give clients a moment to fetch it."""

@@ -11,8 +11,8 @@ from typing import Any
 import attrs
 import trio
 
-from tickwork.engine.request import Request
-from tickwork.requests import CustomLoss, Release
+from tickwork import build
+from tickwork.requests import CustomLoss
 from tickwork.server.answers import HttpError, unknown
 from tickwork.server.completions import Completions
 from tickwork.server.lanes import Door, Lane
@@ -170,7 +170,7 @@ class Sessions:
         """Let go of a training model, after all that was asked of it."""
         if not model.released:
             model.released = True
-            self._door.forget(Request("step", model.model_id, Release(model.model_id)))
+            self._door.forget(build.release(model.model_id, model.model_id))
 
     def end(self, session: Session, why: str) -> None:
         """Close a session and let go of everything it holds."""
@@ -200,7 +200,7 @@ class Sessions:
     def _let_go(self, sampler: Sampler) -> None:
         if sampler.held:
             sampler.held = False
-            self._door.forget(Request("step", sampler.lane, Release(sampler.sampling_session_id)))
+            self._door.forget(build.release(sampler.sampling_session_id, sampler.lane))
 
     def _forget(self, session: Session) -> None:
         del self._all[session.session_id]
