@@ -1,5 +1,6 @@
 # make demo      install into .venv and fine-tune the shipped model
 # make demo-rl   the same by reward
+# make demo-clients   four clients at once, each as good as alone
 # make test      install, lint, type-check, test
 # make bench     the tables of speeds
 # make test-sdk-matrix   three generations of the official SDK against one server
@@ -13,13 +14,16 @@ PIN     = --constraint .ci/constraints.txt
 SDKS     = 0.38.0 0.25.0 0.24.1
 COOKBOOK = .venv-cookbook
 
-.PHONY: demo demo-rl test lint bench test-sdk-matrix test-cookbook clean
+.PHONY: demo demo-rl demo-clients test lint bench test-sdk-matrix test-cookbook clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/tickwork demo
 
 demo-rl: $(VENV)/.installed
 	$(VENV)/bin/tickwork demo rl
+
+demo-clients: $(VENV)/.installed
+	$(VENV)/bin/tickwork demo clients
 
 test: lint
 	$(VENV)/bin/python -m pytest
@@ -32,6 +36,7 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(VENV)/bin/python -m bench
+	$(VENV)/bin/python -m bench clients --invariant
 	$(VENV)/bin/python -m bench kernels
 	$(VENV)/bin/python -m bench server
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +16,10 @@ import pytest
 from click.testing import CliRunner, Result
 from peft import PeftConfig
 
+from tickwork import cli_clients
 from tickwork.cli import main
-from tickwork.recipes import rl, sft
+from tickwork.recipes import clients, rl, sft
+from tickwork.recipes.tasks import NEW_TASKS
 
 TICKWORK = [sys.executable, "-m", "tickwork.cli"]
 
@@ -112,6 +116,7 @@ def test_models_lists_what_is_shipped() -> None:
         (["checkpoints", "info", "tinker://a/b/c"], "is not of the form"),
         (["checkpoints", "info", "tinker://a/weights/c"], "there is no checkpoint"),
         (["demo", "--steps", "0"], "--steps"),
+        (["demo", "clients", "--steps", "0"], "--steps"),
         (["train"], "No such command"),
     ],
 )
@@ -205,3 +210,81 @@ def test_serve_takes_the_switches_of_the_planner(monkeypatch: pytest.MonkeyPatch
     for flags in ((), ("--no-merge",), ("--invariant",)):
         assert run("serve", "--model", "tickwork/tiny", *flags).exit_code == 0
     assert seen == [(True, False), (False, False), (True, True)]
+
+
+def test_four_clients_learn_at_once_and_then_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each client trains on its own rows in shared passes, to the loss that it reaches alone; the last line is JSON."""
+    small = {"batch": 4, "held_out": 3}
+    monkeypatch.setattr(cli_clients, "Settings", lambda **given: clients.Settings(**given, **small))
+    answer = run("demo", "clients", "--steps", "3", "--seed", "1")
+    result = json.loads(answer.stdout.splitlines()[-1])
+    last = {line.split(": ")[0]: line for line in answer.stderr.splitlines() if "step 3/3" in line}
+    together, alone = (
+        [float(re.findall(r"loss (\S+)", last[f"{phase}  {task}"])[0]) for task in clients.RANKS]
+        for phase in ("together", "alone")
+    )
+
+    assert answer.exit_code == 0, answer.output
+    assert set(result["tasks"]) == set(clients.RANKS) == set(NEW_TASKS)
+    assert together == pytest.approx(alone, abs=0.002)
+    assert len({*together}) == 4
+    assert result["worse"] == []
+    assert result["lanes_per_pass"] > 1
+    assert min(result["seconds_together"], result["seconds_alone"], result["tokens_per_second"]) > 0
+    assert "exact match, pig latin" in answer.stderr
+
+
+def test_who_is_worse_together_by_more_than_the_margin_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss within the margin is let pass; a greater one is named and ends the demo with 1."""
+    tasks = {
+        "lost": clients.TaskResult(0.0, 0.9, 0.96),
+        "within": clients.TaskResult(0.0, 0.9, 0.94),
+        "unknown": clients.TaskResult(0.0, 0.0, None),
+    }
+    result = clients.Result(tasks, clients.worse(tasks), clients.MARGIN, 1.0, 2.0, 3.0, 4.0)
+
+    async def learn(*_: object) -> clients.Result:
+        return result
+
+    monkeypatch.setattr(cli_clients, "learn", learn)
+    answer = run("demo", "clients")
+
+    assert answer.exit_code == 1
+    assert json.loads(answer.stdout.splitlines()[-1])["worse"] == ["lost"]
+    assert [row.style for row in cli_clients.summary(result).rows][:3] == ["bold red", "", ""]
+
+
+def test_new_tasks_are_what_they_say() -> None:
+    """One word under each."""
+    assert {task: make("stone") for task, make in NEW_TASKS.items()} == {
+        "pig latin": "onestay",
+        "shout backwards": "ENOTS",
+        "hide vowels": "st*n*",
+        "spell loud": "S-T-O-N-E",
+    }
+
+
+def test_the_live_view_shows_each_lane_since_the_phase_began() -> None:
+    """Waits are means, the device's share is of its busy seconds, counters are of this phase alone."""
+    from types import SimpleNamespace
+
+    from rich.console import Console
+
+    from tickwork.engine.engine import EngineStatistics, LaneStatistics
+
+    def engine(cycles: int, busy: float, lane: LaneStatistics) -> EngineStatistics:
+        return EngineStatistics(cycles, cycles, 100 * cycles, 0, busy, 2.0 * cycles, 0, 0, 0, 0, 0, {"id": lane})
+
+    begun = engine(10, 5.0, LaneStatistics(6, 4, 8, 600, 1.0, 1.0, None))
+    now = engine(30, 9.0, LaneStatistics(16, 14, 28, 1600, 5.0, 2.0, "submit ahead"))
+    client: Any = SimpleNamespace(model_id="id")
+    learner = clients.Learner("pig latin", client, [], clients.Settings(), 7, 0.5, 40, 0.25)
+    progress = clients.Progress("together", learner, [learner], begun, now)
+    console = Console(record=True, width=160, file=io.StringIO())
+    console.print(cli_clients.view(progress))
+    shown = console.export_text()
+
+    assert "together: 20 cycles, 20 passes, 50 tokens/s, 2.00 lanes per pass" in shown
+    assert cli_clients.lane_cells(progress, learner) == [
+        *("pig latin", "7/60", "0.500", "1,000", "10", "10", "200.0", "25%", "0.25", "submit ahead"),
+    ]

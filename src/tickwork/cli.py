@@ -19,6 +19,7 @@ from rich.table import Table
 
 import tickwork
 from tickwork.catalogue import Catalogue
+from tickwork.cli_clients import demo_clients
 from tickwork.cli_conformance import conformance
 from tickwork.cli_server import new_key, serve
 from tickwork.models import supported
@@ -74,7 +75,7 @@ main.add_command(conformance)
 @click.option("--steps", default=100, show_default=True, type=click.IntRange(1), help="Optimizer steps.")
 @click.pass_context
 def demo(context: click.Context, store: Path, seed: int, steps: int) -> None:
-    """Fine-tune the shipped model on pig latin and show that it has learnt it; `demo rl` for RL."""
+    """Fine-tune the shipped model on pig latin and show that it has learnt it; `demo rl`: RL; `demo clients`: four."""
     if context.invoked_subcommand is not None:
         given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
         if given:
@@ -85,6 +86,9 @@ def demo(context: click.Context, store: Path, seed: int, steps: int) -> None:
     custom = max(1, steps // 10) if steps > 1 else 0
     settings = sft.Settings(steps=steps - custom, custom_steps=custom, seed=seed)
     _run(store, lambda service, tell: sft.fine_tune(service, settings, tell))
+
+
+demo.add_command(demo_clients)
 
 
 @demo.command("rl")

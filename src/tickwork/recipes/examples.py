@@ -60,3 +60,8 @@ async def greedy_texts(sampler: tickwork.SamplingClient, tokenizer: Any, prompts
 def weight(data: Sequence[tickwork.Datum]) -> float:
     """Return the number of tokens that carry loss."""
     return sum(sum(datum.loss_fn_inputs["weights"].data) for datum in data)
+
+
+def decayed(peak: float, step: int, steps: int, warmup: int) -> float:
+    """Return a step's learning rate: it rises to the peak and falls towards 0, both linearly."""
+    return peak * min(1.0, (step + 1) / warmup) * (1 - step / steps)

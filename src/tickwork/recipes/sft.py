@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 
 import tickwork
-from tickwork.recipes.examples import MODEL, RANK, Report, Tell, greedy_texts, supervised_datum, weight
+from tickwork.recipes.examples import MODEL, RANK, Report, Tell, decayed, greedy_texts, supervised_datum, weight
 from tickwork.recipes.tasks import pig_latin_examples
 
 Example = tuple[str, str]
@@ -107,8 +107,7 @@ async def train(
 def submit(client: tickwork.TrainingClient, data: list[tickwork.Datum], step: int, settings: Settings) -> Any:
     """Submit one step and return the future of its loss; the last steps use the custom loss."""
     total = settings.steps + settings.custom_steps
-    warm = min(1.0, (step + 1) / settings.warmup)
-    rate = settings.learning_rate * warm * (1 - step / total)
+    rate = decayed(settings.learning_rate, step, total, settings.warmup)
     if step < settings.steps:
         loss = client.forward_backward(data, "cross_entropy")
     else:

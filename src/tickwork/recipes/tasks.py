@@ -1,9 +1,9 @@
-"""Tasks of the tiny base model: its pretraining mixture, a task held out for fine-tuning, and a task for RL."""
+"""Tasks of the tiny base model: its pretraining mixture, tasks held out for fine-tuning, and a task for RL."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -77,21 +77,38 @@ def pig_latin(word: str) -> str:
     return word[onset:] + word[:onset] + "ay"
 
 
-def pig_latin_examples(split: Split, count: int, seed: int) -> list[Example]:
-    """Draw pig latin examples, a task that does not occur in pretraining.
+NEW_TASKS: dict[str, Callable[[str], str]] = {
+    "pig latin": pig_latin,
+    "shout backwards": lambda word: word[::-1].upper(),
+    "hide vowels": lambda word: "".join("*" if letter in VOWELS else letter for letter in word),
+    "spell loud": lambda word: "-".join(word.upper()),
+}
+
+
+def new_examples(task: str, split: Split, count: int, seed: int) -> list[Example]:
+    """Draw examples of a task that does not occur in pretraining.
 
     Args:
-        split: Split whose words are translated.
+        task: One of `NEW_TASKS`.
+        split: Split whose words are used.
         count: Number of examples; words repeat only once the whole split is used up.
         seed: Seed of the order of the words.
 
     Returns:
         Pairs such as (`pig latin: stone ->`, ` onestay`).
+
+    Raises:
+        KeyError: If the task does not exist.
     """
     shuffled = words(split)
     Random(seed).shuffle(shuffled)
     drawn = [shuffled[index % len(shuffled)] for index in range(count)]
-    return [format_example("pig latin", word, pig_latin(word)) for word in drawn]
+    return [format_example(task, word, NEW_TASKS[task](word)) for word in drawn]
+
+
+def pig_latin_examples(split: Split, count: int, seed: int) -> list[Example]:
+    """Draw pig latin examples; arguments as for `new_examples`."""
+    return new_examples("pig latin", split, count, seed)
 
 
 @cache
