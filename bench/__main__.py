@@ -1,11 +1,11 @@
-"""``python -m bench [kernels|server]``: measure, print the table, write it to ``bench/results``."""
+"""``python -m bench [train|clients|kernels|server]``: measure, print the table, write it to ``bench/results``."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,45 @@ if sys.argv[1:2] == ["server"]:
 
     sys.exit(measure_server(sys.argv[2:]))
 
+if sys.argv[1:2] == ["clients"]:
+    from bench.clients import main as measure_clients
+
+    sys.exit(measure_clients(sys.argv[2:]))
+
 from rich.console import Console
 from transformers.utils import logging
 
-from bench import demo, memory, overhead, record, train
+from bench import demo, memory, overhead, record, train, train_cuda
 from bench.table import table
 from bench.workloads import Workload, make_qwen40m, qwen40m, tiny
 
 
-def main() -> None:
-    """Measure one thing after the other: nothing here may share the machine."""
+def main(arguments: Sequence[str]) -> None:
+    """Measure one thing after the other, or training alone: nothing here may share the machine."""
+    if arguments not in ([], ["train"]):
+        raise SystemExit(f"{' '.join(arguments)!r} is not known; give train, clients, kernels, server or nothing")
     logging.disable_progress_bar()
     about = record.circumstances()
     console = Console(stderr=True)
-    # The demo first: the greatest child of this process must still be the demo's.
-    rows = [*_run("demo", demo.measure, console), *_run("overhead", overhead.measure, console)]
+    rows: list[dict[str, Any]] = []
+    if not arguments:
+        # The demo first: the greatest child of this process must still be the demo's.
+        rows += [*_run("demo", demo.measure, console), *_run("overhead", overhead.measure, console)]
+    rows += _training(console, with_memory=not arguments)
+    rows += train_cuda.measure(console)
+    Console(width=160).print(table(rows))
+    console.print(f"written to {record.save(arguments[0] if arguments else 'bench', about, rows)}")
+
+
+def _training(console: Console, *, with_memory: bool) -> list[dict[str, Any]]:
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for workload in _workloads(Path(folder)):
             rounds = 9 if workload.key.startswith("tiny") else 4
             rows += _run(workload.name, lambda w=workload, n=rounds: train.measure(w, n), console)
-            if workload.key.endswith("varied"):
+            if with_memory and workload.key.endswith("varied"):
                 rows += _run(f"{workload.name}, memory", lambda w=workload: memory.measure(w), console)
-    Console(width=160).print(table(rows))
-    console.print(f"written to {record.save('bench', about, rows)}")
+    return rows
 
 
 def _run(name: str, measure: Any, console: Console) -> list[dict[str, Any]]:
@@ -60,4 +76,4 @@ def _workloads(folder: Path) -> Iterator[Workload]:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

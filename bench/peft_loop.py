@@ -16,12 +16,18 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class PeftLoop:
-    """One padded batch per step: forward, summed cross-entropy, backward, AdamW."""
+    """One padded batch per step: forward, summed cross-entropy, backward, AdamW.
 
-    def __init__(self, workload: Workload, device: str = "cpu") -> None:
-        self._device = device
-        model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
-        config = LoraConfig(r=RANK, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
+    Args:
+        dtype: of the base model; its adapters are float32 and, unless the model is too, run under autocast.
+    """
+
+    def __init__(
+        self, workload: Workload, device: str = "cpu", dtype: torch.dtype = torch.float32, rank: int = RANK
+    ) -> None:
+        self._autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=dtype)
+        config = LoraConfig(r=rank, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns about a tied head, which is what is wanted here
             self.model: Any = get_peft_model(model, config).to(device).train()
@@ -32,7 +38,8 @@ class PeftLoop:
     def step(self) -> float:
         """Train on the batch once and return the loss."""
         tokens, mask, labels = self._batch
-        logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        with self._autocast:
+            logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
         )

@@ -6,23 +6,27 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import tickwork
 from bench.peft_loop import PeftLoop
-from bench.workloads import RANK, Workload
-
-# Seconds between two measurements: the other way's OpenMP threads must have stopped spinning.
-PAUSE = 0.3
-ADAM = tickwork.AdamParams(learning_rate=1e-4)
+from bench.workloads import ADAM, PAUSE, RANK, Workload
 
 
 class Ours:
     """The same batch through a training client, from plain calls."""
 
-    def __init__(self, workload: Workload) -> None:
-        self.service = tickwork.ServiceClient(device="cpu", dtype="float32")
-        self._client = self.service.create_lora_training_client(workload.model, rank=RANK, seed=0).result()
+    def __init__(
+        self,
+        workload: Workload,
+        *,
+        device: str = "cpu",
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        rank: int = RANK,
+        max_tokens_per_pass: int | None = None,
+    ) -> None:
+        self.service = tickwork.ServiceClient(device=device, dtype=dtype, max_tokens_per_pass=max_tokens_per_pass)
+        self._client = self.service.create_lora_training_client(workload.model, rank=rank, seed=0).result()
         self._data = workload.data()
 
     def built_in(self) -> None:

@@ -9,9 +9,12 @@ import attrs
 import numpy as np
 
 from tickwork.models import locate
-from tickwork.types import Datum, ModelInput
+from tickwork.types import AdamParams, Datum, ModelInput
 
 RANK = 16
+ADAM = AdamParams(learning_rate=1e-4)
+# Seconds between two measurements: the other way's OpenMP threads must have stopped spinning.
+PAUSE = 0.3
 
 
 @attrs.frozen
@@ -75,6 +78,12 @@ def _rows(count: int, lengths: tuple[int, int], vocab: int) -> list[np.ndarray]:
     return [random.integers(0, vocab, size + 1) for size in random.permutation(sizes)]
 
 
+def qwen3_8k(size: str, model: str) -> Workload:
+    """A random Qwen3 of a published size: 8 rows of 1024 tokens, the first 32 a prompt."""
+    rows = _rows(8, (1024, 1024), 151936)
+    return Workload(f"qwen3-{size}", f"random Qwen3-{size}, 8k tokens", model, rows, [32] * len(rows))
+
+
 def make_qwen40m(folder: Path) -> Path:
     """Write the random 41M-parameter model's folder and return it."""
     return _make_qwen3(folder, hidden=512, inner=1536, layers=8, heads=8, vocab=32000, tied=True)
@@ -85,7 +94,20 @@ def make_qwen205k(folder: Path) -> Path:
     return _make_qwen3(folder, hidden=64, inner=128, layers=2, heads=4, vocab=1024, tied=False)
 
 
-def _make_qwen3(folder: Path, *, hidden: int, inner: int, layers: int, heads: int, vocab: int, tied: bool) -> Path:
+def make_qwen06b(folder: Path) -> Path:
+    """Write the folder of a Qwen3-0.6B with random weights in bfloat16 and return it."""
+    return _make_qwen3(folder, hidden=1024, inner=3072, layers=28, heads=16, vocab=151936, tied=True, published=True)
+
+
+def make_qwen8b(folder: Path) -> Path:
+    """Write the folder of a Qwen3-8B with random weights in bfloat16, 16 GB, and return it."""
+    return _make_qwen3(folder, hidden=4096, inner=12288, layers=36, heads=32, vocab=151936, tied=False, published=True)
+
+
+def _make_qwen3(
+    folder: Path, *, hidden: int, inner: int, layers: int, heads: int, vocab: int, tied: bool, published: bool = False
+) -> Path:
+    """Write a model; those of a published size have heads as those do, and are made on the device that they need."""
     import torch  # noqa: PLC0415
     from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: PLC0415
 
@@ -94,9 +116,15 @@ def _make_qwen3(folder: Path, *, hidden: int, inner: int, layers: int, heads: in
         body: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
         shape: dict[str, Any] = {
             "num_attention_heads": heads,
-            "num_key_value_heads": heads // 2,
-            "head_dim": hidden // heads,
+            "num_key_value_heads": 8 if published else heads // 2,
+            "head_dim": 128 if published else hidden // heads,
         }
         rest: dict[str, Any] = {"vocab_size": vocab, "tie_word_embeddings": tied, "max_position_embeddings": 2048}
-        Qwen3ForCausalLM(Qwen3Config(**body, **shape, **rest)).save_pretrained(folder)
+        config = Qwen3Config(**body, **shape, **rest)
+        if published:
+            with torch.device("cuda"):
+                model = Qwen3ForCausalLM._from_config(config, dtype=torch.bfloat16)  # noqa: SLF001  no public name
+        else:
+            model = Qwen3ForCausalLM(config)
+        model.save_pretrained(folder)
     return folder
