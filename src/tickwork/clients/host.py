@@ -23,8 +23,6 @@ from tickwork.requests import Release
 
 Build = Callable[[], Request]
 
-MAX_TOKENS_PER_PASS = 4096
-
 
 class Host:
     """One engine, started when first needed, in a thread of its own unless a portal is given.
@@ -124,7 +122,14 @@ class Host:
 
 
 def make_engine(
-    catalogue: Catalogue, device: str | None, dtype: str | None, cycle_period: float, max_tokens: int | None
+    catalogue: Catalogue,
+    device: str | None,
+    dtype: str | None,
+    cycle_period: float,
+    max_tokens: int | None,
+    *,
+    checkpoint_activations: bool = False,
+    adapter_memory: int | None = None,
 ) -> Engine:
     """Build an engine with a local executor.
 
@@ -137,8 +142,11 @@ def make_engine(
         raise InvalidRequestError(f"{device!r}; 'cpu', 'cuda' or 'cuda:N'", field="device")
     if not is_finite(cycle_period) or cycle_period < 0:
         raise InvalidRequestError(f"{cycle_period!r}; seconds, at least 0", field="cycle_period")
-    tokens = MAX_TOKENS_PER_PASS if max_tokens is None else max_tokens
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise InvalidRequestError(f"{max_tokens!r}; a whole number, at least 1", field="max_tokens_per_pass")
-    executor = LocalExecutor(catalogue, device, dtype, tokens)
-    return Engine(executor, cycle_period=cycle_period, max_tokens_per_pass=tokens)
+    for field, value in (("max_tokens_per_pass", max_tokens), ("adapter_memory", adapter_memory)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InvalidRequestError(f"{value!r}; a whole number, at least 1", field=field)
+    if not isinstance(checkpoint_activations, bool):
+        raise InvalidRequestError(f"{checkpoint_activations!r}; True or False", field="checkpoint_activations")
+    again, memory = checkpoint_activations, adapter_memory
+    executor = LocalExecutor(catalogue, device, dtype, max_tokens, checkpoint_activations=again, adapter_memory=memory)
+    return Engine(executor, cycle_period=cycle_period, max_tokens_per_pass=executor.max_tokens)

@@ -20,13 +20,15 @@ async def open_service(
     dtype: DTypeName | None = None,
     cycle_period: float = 0.0,
     max_tokens_per_pass: int | None = None,
+    checkpoint_activations: bool = False,
+    adapter_memory: int | None = None,
 ) -> AsyncIterator[ServiceClient]:
     """Run a service in a nursery of the calling Trio task; arguments as for ``ServiceClient``.
 
     Leaving normally drains what was accepted. An error in the body cancels the engine, and the engine's death the
     body; either leaves as it is, not in an ExceptionGroup.
     """
-    service = ServiceClient(user_metadata, store=store, device=device, dtype=dtype, cycle_period=cycle_period, max_tokens_per_pass=max_tokens_per_pass)  # fmt: skip  # noqa: E501
+    service = ServiceClient(user_metadata, store=store, device=device, dtype=dtype, cycle_period=cycle_period, max_tokens_per_pass=max_tokens_per_pass, checkpoint_activations=checkpoint_activations, adapter_memory=adapter_memory)  # fmt: skip  # noqa: E501
     async with hosted(service.host):
         yield service
 

@@ -50,8 +50,15 @@ async def run(settings: Settings, stop: Stop, task_status: trio.TaskStatus[str] 
         give_name(name, source)
     catalogue = Catalogue(settings.store)
     listener = _listen(settings)
-    tokens = settings.max_tokens_per_pass
-    engine = make_engine(catalogue, settings.device, settings.dtype, settings.cycle_period, tokens)
+    engine = make_engine(
+        catalogue,
+        settings.device,
+        settings.dtype,
+        settings.cycle_period,
+        settings.max_tokens_per_pass,
+        checkpoint_activations=settings.checkpoint_activations,
+        adapter_memory=settings.adapter_memory,
+    )
     host = Host(engine, catalogue)
     with listener:
         async with hosted(host):
