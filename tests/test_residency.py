@@ -25,10 +25,10 @@ PROMPT = (5, 9, 2, 40)
 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let what lies in host memory be of the other sign, so that whoever uses it there computes something else."""
-    copies = (Residency._to_host, Residency._to_device)
-    for name, copy in zip(("_to_host", "_to_device"), copies, strict=True):
-        monkeypatch.setattr(Residency, name, lambda self, tensor, copy=copy: copy(self, tensor).neg_())
+    """Let what lies in host memory be twice as large, so that whoever uses it there computes something else."""
+    to_host, to_device = Residency._to_host, Residency._to_device
+    monkeypatch.setattr(Residency, "_to_host", lambda self, tensor: to_host(self, tensor).mul_(2))
+    monkeypatch.setattr(Residency, "_to_device", lambda self, tensor: to_device(self, tensor).div_(2))
 
 
 def adapter_bytes() -> int:
