@@ -20,8 +20,9 @@ ADAM = tickwork.AdamParams(learning_rate=1e-4)
 class Ours:
     """The same batch through a training client, from plain calls."""
 
-    def __init__(self, workload: Workload) -> None:
-        self.service = tickwork.ServiceClient(device="cpu", dtype="float32")
+    def __init__(self, workload: Workload, *, checkpoint_activations: bool = False) -> None:
+        again = checkpoint_activations
+        self.service = tickwork.ServiceClient(device="cpu", dtype="float32", checkpoint_activations=again)
         self._client = self.service.create_lora_training_client(workload.model, rank=RANK, seed=0).result()
         self._data = workload.data()
 

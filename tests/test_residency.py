@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import gc
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import trio
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tickwork
 from models import CPU, Bench, base, data_of, sample, step, stir, train
+from tickwork import cli_server
 from tickwork.compute.lora import Adapter
 from tickwork.compute.optimizer import Trainable
 from tickwork.compute.residency import Residency
 from tickwork.engine.plan import Stage, plan
 from tickwork.errors import CapacityError
 from tickwork.requests import CreateModel, Load, OpenSampler, OptimStep, Release, Save
+from tickwork.server import serve
 from tickwork.types import AdamParams, LoraConfig, SamplingParams
 
 ADAM = AdamParams(learning_rate=1e-2)
@@ -362,3 +369,39 @@ def test_a_move_that_fails_changes_nothing() -> None:
             state.move(copy)
         now = (state.adapter.arena, state.grad, state.exp_avg, state.exp_avg_sq)
         assert all(one is two for one, two in zip(tensors, now, strict=True))
+
+
+OPTIONS: dict[str, Any] = {"checkpoint_activations": True, "adapter_memory": 12345, "max_tokens_per_pass": 77}
+
+
+def arrived(engine: Any) -> bool:
+    """Whether the device of an engine that has a model of tickwork/tiny was told the options above."""
+    device = vars(engine)["_executor"]._device
+    base = device._bases.get("tickwork/tiny")
+    return (base.recompute is not None, device._residency._bound, base.budget.tokens) == (True, 12345, 77)
+
+
+def test_a_service_hands_its_options_to_the_device() -> None:
+    """What ``ServiceClient`` is told about memory reaches the device."""
+    with tickwork.ServiceClient(device="cpu", **OPTIONS) as service:
+        service.create_lora_training_client("tickwork/tiny", rank=2).get_info()
+        assert arrived(service.host.engine)
+
+
+async def test_a_service_in_a_nursery_hands_them_on_as_well() -> None:
+    """What ``open_service`` is told about memory reaches the device."""
+    async with tickwork.open_service(device="cpu", **OPTIONS) as service:
+        await (await service.create_lora_training_client_async("tickwork/tiny", rank=2)).get_info_async()
+        assert arrived(service.host.engine)
+
+
+def test_a_server_hands_them_on_as_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What ``tickwork serve`` is told about memory, in MiB, reaches the device."""
+    engines: list[Any] = []
+    make_engine = serve.make_engine
+    monkeypatch.setattr(serve, "make_engine", lambda *args, **kwargs: engines.append(make_engine(*args, **kwargs)))
+    monkeypatch.setattr(cli_server, "SWITCH_SECONDS", sys.getswitchinterval())
+    monkeypatch.setattr(cli_server, "_serve", lambda settings: serve.run(settings, trio.sleep_forever))
+    arguments = ["--model", "tickwork/tiny", "--store", str(tmp_path), "--port", "0", "--checkpoint-activations"]
+    CliRunner().invoke(cli_server.serve, [*arguments, "--adapter-memory-mib", "3"])
+    assert vars(engines[0])["_executor"]._options == {"checkpoint_activations": True, "adapter_memory": 3 * 2**20}

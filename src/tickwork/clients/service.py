@@ -43,7 +43,7 @@ class ServiceClient:
         max_tokens_per_pass: tokens that go through the model at once; None measures how many fit into half of the
             memory that is free, up to 4096 on CPU and 65536 on CUDA.
         checkpoint_activations: whether each layer is run again in the backward instead of keeping what it computes:
-            several times as many tokens fit into a pass, which takes about a third longer.
+            several times as many tokens fit into a pass, which takes a third to a half longer.
         adapter_memory: bytes that adapters, their gradients and moments may take of the device; those unused for
             longest wait in host memory. None means a quarter of the device on CUDA, and no bound on CPU.
 
