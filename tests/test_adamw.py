@@ -85,7 +85,7 @@ def give(state: Trainable, scale: float = 1.0, seed: int = 0) -> list[torch.Tens
     """Accumulate random gradients as a request does; return them in the order of the arena."""
     generator = torch.Generator().manual_seed(seed)
     grads = [scale * torch.randn(t.shape, generator=generator) for pair in state.adapter.tensors.values() for t in pair]
-    state.accumulate(grads[:-2], (grads[-2], grads[-1]))
+    state.accumulate(torch.cat([grad.flatten() for grad in grads]))
     state.requests += 1
     return grads
 
@@ -185,14 +185,14 @@ def test_gradients_add_up_until_the_step_clears_them() -> None:
     assert state.requests == 0
 
 
-def test_missing_gradients_leave_their_place() -> None:
-    """A projection that no row went through adds nothing, and the others land in their own place."""
+def test_the_heads_gradients_find_their_place() -> None:
+    """Gradients of the head's pair are added at the end of an arena, and nowhere else."""
     state = make()
-    body = state.adapter.body()
-    grads: list[torch.Tensor | None] = [None] * len(body)
-    grads[2] = torch.ones_like(body[2])
-    state.accumulate(grads, (torch.zeros(2, 4), torch.zeros(11, 2)))
-    named = state.adapter.named(state.grad)
+    flat = torch.zeros_like(state.grad)
+    for _ in range(2):
+        state.adapter.add_head(flat, (torch.ones(2, 4), torch.full((11, 2), 2.0)))
+    named = state.adapter.named(flat)
     touched = {name for name, view in named.items() if view.any()}
-    assert touched == {"base_model.model.model.b.lora_A.weight"}
-    assert bool((named["base_model.model.model.b.lora_A.weight"] == 1).all())
+    assert touched == {"base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.lora_B.weight"}
+    assert bool((named["base_model.model.lm_head.lora_A.weight"] == 2).all())
+    assert bool((named["base_model.model.lm_head.lora_B.weight"] == 4).all())

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tickwork
-from models import CPU, Bench, adapter_of, base, data_of, pack_rows, tokens_of, train
+from models import CPU, Bench, adapter_of, base, data_of, tokens_of, train
 from tickwork.compute import budget
 from tickwork.compute.budget import LEAST, PATIENCE, Budget, find_budget, fit, head_bytes, saved_bytes, token_bytes
 from tickwork.compute.memory import ASSUMED, free_bytes, host_free
 from tickwork.compute.model import BaseModel
+from tickwork.compute.rows import Row, pack
 from tickwork.types import LoraConfig
 
 MIB = 2**20
@@ -93,7 +94,7 @@ def test_what_is_measured_is_what_autograd_keeps(kind: str) -> None:
             found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor.detach()
 
-        packed = pack_rows(tokens_of([32] * rows), [adapter] * rows)
+        packed = pack([Row(row, adapter) for row in tokens_of([32] * rows)], CPU, gradient=True)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
             hidden = model.hidden(packed)
         assert hidden.requires_grad

@@ -100,8 +100,8 @@ def test_slots_grow_and_fork_and_are_used_again() -> None:
     pool.reserve(10)
     packed_logits(model, pack([Row(row[:10], slot=first)], CPU, pool))
     many = [pool.acquire() for _ in range(40)]
-    pool.fork(first, many[-1], 10)
-    pool.release(many.pop(0))
+    pool.fork(first, [many[-1]], 10)
+    pool.release([many.pop(0)], 10)
     again = pool.acquire()
     pool.reserve(90)
     parts = [
@@ -116,13 +116,27 @@ def test_slots_grow_and_fork_and_are_used_again() -> None:
     assert relative(fresh, plain_logits(plain("llama"), other)) <= ROUNDING
 
 
+@torch.no_grad()
+def test_rows_of_several_adapters_attend_together() -> None:
+    """Clients with the same mix of lengths take as many attention calls as one of them; each row is as by itself."""
+    model, lengths = base("llama"), [3, 30, 12]
+    adapters = [adapter_of(model, LoraConfig(rank=2), seed) for seed in range(4)]
+    rows = [Row(ids, each) for seed, each in enumerate(adapters) for ids in tokens_of(lengths, seed)]
+    packed = pack(rows, CPU)
+    assert packed.order is not None
+    assert len(packed.blocks) == len(pack(rows[:3], CPU).blocks) == 3
+    for row, logits in zip(rows, packed_logits(model, packed), strict=True):
+        (alone,) = packed_logits(model, pack([row], CPU))
+        assert relative(logits, alone) <= ROUNDING
+
+
 def test_an_empty_pool_starts_over() -> None:
     """Once all slots are free the memory is given back, and slots are handed out from the first."""
     pool = KVPool()
     slots = [pool.acquire() for _ in range(20)]
     assert sorted(slots) == list(range(20))
     for slot in slots:
-        pool.release(slot)
+        pool.release([slot], 0)
     assert (pool.slots, pool.capacity, pool.keys, pool.values) == (0, 0, {}, {})
     assert pool.acquire() == 0
 
@@ -136,7 +150,8 @@ def test_two_adapters_gradients_are_those_of_each_alone(kind: str) -> None:
     random = np.random.default_rng(5)
     targets = [random.integers(0, VOCAB, len(row)) for row in rows]
     weights = [torch.tensor(random.normal(size=len(row)), dtype=torch.float32) for row in rows]
-    packed = pack_rows(rows, [None if owner is None else adapters[owner] for owner in owners])
+    whose = [None if owner is None else adapters[owner] for owner in owners]
+    packed = pack([Row(row, adapter) for row, adapter in zip(rows, whose, strict=True)], CPU, gradient=True)
     hidden = model.hidden(packed)
     upstream = torch.zeros_like(hidden)
     heads = {}
@@ -148,10 +163,13 @@ def test_two_adapters_gradients_are_those_of_each_alone(kind: str) -> None:
         _, grads = head_gradients(hidden.detach()[where], wanted, model.head, slope, adapter.head)
         upstream[where] = grads.hidden
         heads[owner] = list(grads.adapters[0])
-    leaves = [leaf for adapter in adapters for leaf in adapter.body()]
-    found = list(torch.autograd.grad(hidden, leaves, upstream))
+    leaves = [leaf for stack in packed.stacks for leaf in stack.leaves]
+    nothing = torch.autograd.grad(hidden, leaves, upstream, allow_unused=True)
+    assert not any(grad is not None for grad in nothing)
     for owner, adapter in enumerate(adapters):
-        mine = [found.pop(0) for _ in adapter.body()] + heads[owner]
+        (stack,) = [stack for stack in packed.stacks if stack.adapters == [adapter]]
+        assert stack.grad is not None
+        mine = adapter.split(stack.grad[0])[:-2] + heads[owner]
         oracle = Oracle(kind, adapter)
         loss = sum(
             (oracle.logprobs(rows[i], targets[i]) * weights[i]).sum() for i, o in enumerate(owners) if o == owner

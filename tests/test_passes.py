@@ -494,17 +494,18 @@ def test_training_with_a_store_folder_writes_nothing_by_itself(tmp_path: Path) -
 
 
 def test_steps_of_several_models_at_once_are_those_of_each() -> None:
-    """What CUDA steps in one go: every model's weights, metrics and errors are those of steps one by one."""
+    """Optimizers step in one call: every model's weights, metrics and errors are those of steps one by one."""
     benches = []
     for together in (False, True):
         bench = Bench()
         for name, seed in (("a", 1), ("b", 2), ("idle", 3)):
             bench.create(name, rank=4, seed=seed)
-        bench.device._steps_together = together
         bench.run(*(train(name, data_of(LENGTHS, seed)) for seed, name in enumerate(("a", "b"))))
         asked = {"a": 0.0, "b": 0.5, "idle": 0.0, "nobody": 0.0}
         asks = [OptimStep(name, AdamParams(1e-2, grad_clip_norm=clip)) for name, clip in asked.items()]
-        benches.append((bench, bench.run(*(step(ask, ask.model_id) for ask in asks))))
+        steps = [step(ask, ask.model_id) for ask in asks]
+        outcomes = bench.run(*steps) if together else [each for one in steps for each in bench.run(one)]
+        benches.append((bench, outcomes))
     (one, found), (other, same) = benches
     by_lane = {outcome.request.lane: outcome for outcome in same}
     for outcome in found:

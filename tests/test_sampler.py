@@ -29,7 +29,7 @@ from models import (
     train,
 )
 from models import plain_shared as shared
-from tickwork.compute import sampler as sampler_module
+from tickwork.compute import next_tokens
 from tickwork.compute.choose import Recipe, choose
 from tickwork.compute.lora import Adapter
 from tickwork.compute.model import BaseModel
@@ -159,7 +159,7 @@ def test_running_out_of_memory_delays_but_does_not_change(where: str, at: int, m
     ask = lambda: [sample(p, FREE, num_samples=2, include_prompt_logprobs=True) for p in many]  # noqa: E731
     alone = [run(request)[0] for request in ask()]
     sampler, requests, calls = Sampler(base("llama"), 64), ask(), []
-    target, name = (BaseModel, "hidden") if where == "hidden" else (sampler_module, "choose")
+    target, name = (BaseModel, "hidden") if where == "hidden" else (next_tokens, "choose")
     original: Callable[..., object] = getattr(target, name)
 
     def narrow(*args: object) -> object:
@@ -300,7 +300,7 @@ def test_frequencies_follow_the_distribution(case: str) -> None:
     recipe, mass = CHI[case]
     count = 20_000
     uniforms = torch.from_numpy(np.random.default_rng(3).random(count))
-    drawn, _ = choose(logits_of(MASS).expand(count, -1), uniforms, recipe)
+    drawn, _ = choose(logits_of(MASS).expand(count, -1), uniforms, [recipe] * count)
     found = torch.bincount(drawn, minlength=len(MASS)).double()
     want = torch.tensor(mass, dtype=torch.float64) / sum(mass) * count
     assert not found[want == 0].any()
@@ -315,16 +315,32 @@ def test_extreme_random_numbers_draw_possible_tokens(recipe: Recipe) -> None:
     """Random numbers at the ends of their range never draw a token of no probability."""
     logits = torch.tensor([-math.inf, 0.0, -1.0, -math.inf, 1.0, -math.inf])
     uniforms = torch.tensor([0.0, 1e-300, 1 - 2**-53, 0.5], dtype=torch.float64)
-    drawn, _ = choose(logits.expand(4, -1), uniforms, recipe)
+    drawn, _ = choose(logits.expand(4, -1), uniforms, [recipe] * 4)
     assert set(drawn.tolist()) <= {1, 2, 4}
+
+
+def test_rows_with_settings_of_their_own_are_drawn_as_each_alone() -> None:
+    """In one call each row follows its own settings, to the bit."""
+    recipes = [Recipe(t, k, p) for t in (0.0, 0.5, 1.0, 1.7) for k in (-1, 1, 3, 99) for p in (1.0, 0.6)]
+    random = np.random.default_rng(5)
+    logits = torch.from_numpy(random.normal(size=(len(recipes), 17)).astype(np.float32))
+    uniforms = torch.from_numpy(random.random(len(recipes)))
+    drawn, logp = choose(logits, uniforms, recipes)
+    alone = [choose(logits[i : i + 1], uniforms[i : i + 1], [recipe]) for i, recipe in enumerate(recipes)]
+    assert drawn.tolist() == [int(token) for token, _ in alone]
+    assert len(set(drawn.tolist())) > 5
+    torch.testing.assert_close(logp, torch.cat([row for _, row in alone]), rtol=0, atol=0)
+    greedy = [recipe.temperature == 0 for recipe in recipes]
+    assert drawn[greedy].tolist() == logits[greedy].argmax(-1).tolist()
 
 
 def test_ties_go_to_the_lower_id() -> None:
     """Among equally likely tokens greedy and top-k keep the lower id."""
     logits = torch.tensor([[0.0, 2.0, 2.0, 2.0]])
     for recipe in (Recipe(0.0, -1, 1.0), Recipe(1.0, 1, 1.0)):
-        assert choose(logits, torch.tensor([0.999], dtype=torch.float64), recipe)[0].tolist() == [1]
-    two = choose(logits.expand(99, -1), torch.linspace(0, 0.999, 99, dtype=torch.float64), Recipe(1.0, 2, 1.0))[0]
+        assert choose(logits, torch.tensor([0.999], dtype=torch.float64), [recipe])[0].tolist() == [1]
+    uniforms = torch.linspace(0, 0.999, 99, dtype=torch.float64)
+    two = choose(logits.expand(99, -1), uniforms, [Recipe(1.0, 2, 1.0)] * 99)[0]
     assert set(two.tolist()) == {1, 2}
 
 
@@ -332,7 +348,7 @@ def test_top_p_keeps_the_token_that_crosses_the_line() -> None:
     """The kept tokens are the fewest whose mass reaches p: the one that crosses it is kept, the next is not."""
     uniforms = torch.linspace(0, 1 - 1e-9, 500, dtype=torch.float64)
     for top_p, kept in ((0.29, {1}), (0.31, {1, 3}), (0.54, {1, 3}), (0.56, {1, 3, 5}), (1.0, set(range(8)))):
-        drawn, _ = choose(logits_of(MASS).expand(500, -1), uniforms, Recipe(1.0, -1, top_p))
+        drawn, _ = choose(logits_of(MASS).expand(500, -1), uniforms, [Recipe(1.0, -1, top_p)] * 500)
         assert set(drawn.tolist()) == kept
 
 

@@ -142,5 +142,5 @@ def _errors(step: Callable[[AdamWArena], None], case: Case, device: torch.device
 
 def _exact(state: AdamWState) -> torch.Tensor:
     param, grad = state.param.double(), state.grad.double()
-    adamw_step(param, grad, torch.zeros_like(grad), torch.zeros_like(grad), step=1, **USUAL)
+    adamw_step(param, grad, torch.zeros_like(grad), torch.zeros_like(grad), step=1, **USUAL, scratch=None)
     return param

@@ -17,10 +17,12 @@ from tickwork_kernels.adamw import (
 from tickwork_kernels.head import Chunk, Head, HeadCase, HeadKernel, Lora, Rows, head_logits
 from tickwork_kernels.head_calls import head_gradients, hold_logprobs
 from tickwork_kernels.head_held import HeldLogprobs
-from tickwork_kernels.head_sweep import HeadGradients, Upstream
+from tickwork_kernels.head_sweep import HeadGradients
+from tickwork_kernels.head_targets import Upstream
 from tickwork_kernels.heads import choose_head, register_head_kernel
 from tickwork_kernels.linear_logprob import LinearLogprobs, explain, linear_logprob
 from tickwork_kernels.linear_token_loss import TokenLossResult, linear_token_loss
+from tickwork_kernels.lora_linear import LoraStack, lora_linear
 from tickwork_kernels.multi_lora import LoraSegment, explain_multi_lora, multi_lora
 from tickwork_kernels.registry import Choice
 from tickwork_kernels.token_losses import (
@@ -52,6 +54,7 @@ __all__ = [
     "LinearLogprobs",
     "Lora",
     "LoraSegment",
+    "LoraStack",
     "Rows",
     "TokenLoss",
     "TokenLossResult",
@@ -72,6 +75,7 @@ __all__ = [
     "importance_sampling",
     "linear_logprob",
     "linear_token_loss",
+    "lora_linear",
     "multi_lora",
     "ppo",
     "register_head_kernel",

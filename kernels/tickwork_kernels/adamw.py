@@ -53,6 +53,7 @@ def adamw_step(
     beta2: float,
     eps: float,
     weight_decay: float,
+    scratch: torch.Tensor | None = None,
 ) -> None:
     """Update ``param``, ``exp_avg`` and ``exp_avg_sq`` in place, bit-equal to ``torch.optim.AdamW`` on CPU.
 
@@ -64,15 +65,17 @@ def adamw_step(
         exp_avg: first moment, ``[P]`` float32.
         exp_avg_sq: second moment, ``[P]`` float32.
         step: number of this step, from 1.
+        scratch: ``[P]`` float32 to work in; None takes memory for it before anything changes.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101; the order of the
     operations is that of torch's single-tensor implementation.
     """
+    scratch = torch.empty_like(param) if scratch is None else scratch
     param.mul_(1 - learning_rate * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     root_correction = (1 - beta2**step) ** 0.5
-    denominator = (exp_avg_sq.sqrt() / root_correction).add_(eps)
+    denominator = torch.sqrt(exp_avg_sq, out=scratch).div_(root_correction).add_(eps)
     param.addcdiv_(exp_avg, denominator, value=-(learning_rate / (1 - beta1**step)))
 
 
@@ -164,7 +167,10 @@ class _Torch:
         return 0
 
     def run(self, case: AdamWCase) -> AdamWReport:
-        norms = [_apply(state, each) for state, each in zip(case.states, case.settings, strict=True)]
+        # All that is needed is taken before anything changes: running out half-way would leave some states stepped.
+        largest = max((state.param.numel() for state in case.states), default=0)
+        scratch = torch.empty(2, largest, dtype=torch.float32, device=case.device)
+        norms = [_apply(state, each, scratch) for state, each in zip(case.states, case.settings, strict=True)]
         if case.zero_grad:
             for state in case.states:
                 state.grad.zero_()
@@ -172,23 +178,27 @@ class _Torch:
         return AdamWReport(stacked, stacked.isfinite())
 
 
-def _apply(state: AdamWState, settings: AdamWSettings) -> torch.Tensor:
-    grad = state.grad if settings.grad_multiplier == 1 else state.grad * settings.grad_multiplier
+def _apply(state: AdamWState, settings: AdamWSettings, scratch: torch.Tensor) -> torch.Tensor:
+    scaled, rest = scratch[:, : state.grad.numel()]
+    grad = state.grad if settings.grad_multiplier == 1 else torch.mul(state.grad, settings.grad_multiplier, out=scaled)
     norm: torch.Tensor = torch.linalg.vector_norm(grad)
     if settings.clip_norm is not None:
-        grad = grad * torch.full_like(norm, settings.clip_norm).div_(norm + CLIP_EPS).clamp_(max=1)
-    _update(state, grad, settings, norm.isfinite())
+        factor = torch.full_like(norm, settings.clip_norm).div_(norm + CLIP_EPS).clamp_(max=1)
+        grad = torch.mul(grad, factor, out=scaled)
+    _update(state, grad, settings, norm.isfinite(), rest)
     return norm
 
 
-def _update(state: AdamWState, grad: torch.Tensor, settings: AdamWSettings, applied: torch.Tensor) -> None:
+def _update(
+    state: AdamWState, grad: torch.Tensor, settings: AdamWSettings, applied: torch.Tensor, scratch: torch.Tensor
+) -> None:
     wait = grad.device.type != "cpu"  # whether looking at ``applied`` would wait for the device
     if not (wait or applied):
         return
     master = state.read_master()
     changed = (master, state.exp_avg, state.exp_avg_sq)
     before = [tensor.clone() for tensor in changed] if wait else []
-    adamw_step(master, grad, state.exp_avg, state.exp_avg_sq, **settings.adamw())
+    adamw_step(master, grad, state.exp_avg, state.exp_avg_sq, **settings.adamw(), scratch=scratch)
     for tensor, old in zip(changed, before, strict=False):
         tensor.copy_(torch.where(applied, tensor, old))
     state.write_master(master)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tickwork_kernels.lora_groups import alike, rows_of, stacked
 from tickwork_kernels.multi_lora import LoraSegment
 from tickwork_kernels.token_losses import BoundLoss
 
@@ -270,10 +271,10 @@ def head_logits(hidden: torch.Tensor, head: Head, adapters: Adapters = None) -> 
         ``[N, V]`` in ``head.dtype``.
     """
     logits = matmul(hidden, head.weight.T)
-    for each in as_segments(adapters, len(hidden)):
-        if each.a is not None and each.b is not None:
-            low = hidden[each.start : each.stop].to(logits.dtype) @ each.a.to(logits.dtype).T
-            logits[each.start : each.stop].addmm_(low, each.b.to(logits.dtype).T, alpha=each.scale)
+    for group in alike([each for each in as_segments(adapters, len(hidden)) if each.a is not None]):
+        a, b = stacked(group, logits.dtype)
+        low = torch.bmm(rows_of(group, hidden).to(logits.dtype), a.transpose(1, 2))
+        rows_of(group, logits).baddbmm_(low, b.transpose(1, 2), alpha=group[0].scale)
     if head.bias is not None:
         logits += head.bias.to(logits.dtype)
     if head.multiplier != 1.0:

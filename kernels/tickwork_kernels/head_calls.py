@@ -6,7 +6,8 @@ import torch
 
 from tickwork_kernels.head import NOTHING, Adapters, Chunk, Head, HeadCase, Needs, Rows, as_segments
 from tickwork_kernels.head_held import HeldLogprobs
-from tickwork_kernels.head_sweep import HeadGradients, Upstream, evaluate
+from tickwork_kernels.head_sweep import HeadGradients, evaluate
+from tickwork_kernels.head_targets import Upstream
 from tickwork_kernels.heads import choose_both, choose_head
 from tickwork_kernels.token_losses import BoundLoss
 

@@ -7,16 +7,8 @@ from typing import Literal
 import torch
 
 from tickwork_kernels.head import Chunk, HeadKernel, Rows
-from tickwork_kernels.head_sweep import (
-    HeadGradients,
-    Sums,
-    Upstream,
-    add_targets,
-    chunks,
-    coefficients,
-    factor,
-    join,
-)
+from tickwork_kernels.head_sweep import HeadGradients, Sums, chunks, join
+from tickwork_kernels.head_targets import Upstream, add_targets, coefficients, factor
 
 Memory = Literal["stash", "cache", "recompute"]
 CACHE_BYTES = 2**28

@@ -17,6 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from tickwork_kernels.head import NOTHING, Chunk, HeadKernel, Rows, matmul, rounded_matmul
+from tickwork_kernels.head_targets import Upstream, add_targets, coefficients, factor
+from tickwork_kernels.lora_groups import alike, rows_of, stacked
+from tickwork_kernels.multi_lora import LoraSegment
 from tickwork_kernels.token_losses import BoundLoss
 
 
@@ -35,44 +38,6 @@ class HeadGradients:
     adapters: list[tuple[torch.Tensor, torch.Tensor]] | None = None
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Upstream:
-    """Gradients that come in for some rows; None is zero.
-
-    Args:
-        logprobs: ``[n, K]``.
-        lse: ``[n]``.
-        entropy: ``[n]``.
-    """
-
-    logprobs: torch.Tensor
-    lse: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-
-    def chunk(self, start: int, stop: int) -> Upstream:
-        """Return those of rows ``start`` to ``stop``."""
-        parts = (self.logprobs, self.lse, self.entropy)
-        return Upstream(*(None if part is None else part[start:stop] for part in parts))  # type: ignore[arg-type]
-
-    @property
-    def alpha(self) -> torch.Tensor:
-        """Factor of the softmax, ``[n]``."""
-        total = -self.logprobs.sum(1)
-        return total if self.lse is None else total + self.lse
-
-    def take(self, index: torch.Tensor) -> Upstream:
-        """Return those of some rows."""
-        parts = (self.logprobs, self.lse, self.entropy)
-        return Upstream(*(None if part is None else part[index] for part in parts))  # type: ignore[arg-type]
-
-    def active(self) -> torch.Tensor:
-        """Return which rows anything comes in for, ``[n]`` bool."""
-        active = self.logprobs.ne(0).any(1)
-        for part in (self.lse, self.entropy):
-            active = active if part is None else active | part.ne(0)
-        return active
 
 
 def chunks(kernel: HeadKernel, rows: Rows) -> Iterator[tuple[int, int, Rows]]:
@@ -108,79 +73,88 @@ class Sums:
         """Add the gradients of a chunk whose rows are the tokens ``where``. Consumes what the chunk kept."""
         scale = factor(rows)
         beta = None if upstream.entropy is None else upstream.entropy * scale
-        apart = coefficients(rows, chunk, upstream) * _column(scale)
+        targets = coefficients(rows, chunk, upstream) * _column(scale)
         if not rows.needs.logits:
             bulk = kernel.through(rows, chunk, upstream.alpha * scale, beta)
-            self._add_hidden(where, add_targets(bulk, rows, apart))
+            self._add_hidden(where, add_targets(bulk, rows, targets))
             return
         dz = kernel.bulk(rows, chunk, upstream.alpha * scale, beta)
-        if rows.needs.hidden:
-            self._add_hidden(where, add_targets(rounded_matmul(dz, rows.head.weight), rows, apart))
-        self._add_adapters(rows, dz, apart, where)
+        apart: torch.Tensor | None = targets
+        if dz.dtype == rows.head.weight.dtype == targets.dtype:
+            # Nothing is rounded on the way: the targets may go with the bulk. Repeated ones hold zeros.
+            dz.scatter_add_(1, rows.targets, targets)
+            apart = None
+        hidden = self._through_head(rows, dz, apart) if rows.needs.hidden else None
+        self._add_adapters(rows, dz, apart, hidden)
+        if hidden is not None:
+            self._add_hidden(where, hidden)
         if self.weight is not None:
-            wide = rows.hidden.to(self.weight.dtype)
             self.weight += matmul(dz.T, rows.hidden)
-            _index_add(self.weight, rows.targets, apart[:, :, None] * wide[:, None, :])
+            if apart is not None:
+                wide = rows.hidden.to(self.weight.dtype)
+                _index_add(self.weight, rows.targets, apart[:, :, None] * wide[:, None, :])
         if self.bias is not None:
             self.bias += dz.sum(0, dtype=self.bias.dtype)
-            _index_add(self.bias, rows.targets, apart)
+            if apart is not None:
+                _index_add(self.bias, rows.targets, apart)
+
+    @staticmethod
+    def _through_head(rows: Rows, dz: torch.Tensor, apart: torch.Tensor | None) -> torch.Tensor:
+        hidden = rounded_matmul(dz, rows.head.weight)
+        return hidden if apart is None else add_targets(hidden, rows, apart)
 
     def _add_hidden(self, where: torch.Tensor, grad: torch.Tensor) -> None:
         assert self.hidden is not None
         self.hidden.index_copy_(0, where, grad)
 
-    def _add_adapters(self, rows: Rows, dz: torch.Tensor, apart: torch.Tensor, where: torch.Tensor) -> None:
+    def _add_adapters(
+        self, rows: Rows, dz: torch.Tensor, apart: torch.Tensor | None, hidden: torch.Tensor | None
+    ) -> None:
+        """Add the adapters' gradients, and their share of ``hidden``'s in place."""
+        if apart is None:
+            for group in alike(rows.adapters):
+                self._add_group(rows, group, dz, hidden)
+            return
+        dtype = rows.head.dtype
         for each in rows.adapters:
             assert each.a is not None
             assert each.b is not None
             span = slice(each.start, each.stop)
-            targets, part, coefficient = rows.targets[span], dz[span], apart[span] * each.scale
-            a, b, wide = (tensor.to(apart.dtype) for tensor in (each.a, each.b, rows.hidden[span]))
+            part, targets, coefficient = dz[span], rows.targets[span], apart[span] * each.scale
+            a, b, wide = (tensor.to(dtype) for tensor in (each.a, each.b, rows.hidden[span]))
             low = _thin(part, b) * each.scale
             for k, y in enumerate(targets.T):
                 low += coefficient[:, k, None] * b[y]
-            if self.hidden is not None:
-                self.hidden.index_add_(0, where[span], low @ a)
+            if hidden is not None:
+                hidden[span].addmm_(low, a)
             if self.adapters is not None:
-                # The segment is the same object's part in every chunk: its parameters tell which one it is.
-                grad_a, grad_b = self.adapters[self._places[id(each.a), id(each.b)]]
+                grad_a, grad_b = self._gradients_of(each)
                 down = wide @ a.T
                 grad_a.addmm_(low.T, wide)
                 grad_b += _thin(part.T, down * each.scale)
                 _index_add(grad_b, targets, coefficient[:, :, None] * down[:, None, :])
 
+    def _add_group(
+        self, rows: Rows, group: Sequence[LoraSegment], dz: torch.Tensor, hidden: torch.Tensor | None
+    ) -> None:
+        """Add the gradients of adapters whose products run as one; ``dz`` holds the targets too."""
+        a, b = stacked(group, dz.dtype)
+        part, wide = rows_of(group, dz), rows_of(group, rows.hidden)
+        low = torch.bmm(part, b).mul_(group[0].scale)
+        if hidden is not None:
+            rows_of(group, hidden).baddbmm_(low, a)
+        if self.adapters is not None:
+            down = torch.bmm(wide, a.transpose(1, 2)).mul_(group[0].scale)
+            grads = torch.bmm(low.transpose(1, 2), wide), torch.bmm(part.transpose(1, 2), down)
+            for each, own_a, own_b in zip(group, *grads, strict=True):
+                grad_a, grad_b = self._gradients_of(each)
+                grad_a += own_a
+                grad_b += own_b
 
-def factor(rows: Rows) -> torch.Tensor:
-    """Return d logits / d (head's raw product) but for the softcap: ``[n]``."""
-    ones = torch.ones(len(rows.hidden), dtype=rows.head.dtype, device=rows.hidden.device)
-    return ones * rows.head.multiplier if rows.temperature is None else rows.head.multiplier / rows.temperature
-
-
-def coefficients(rows: Rows, chunk: Chunk, upstream: Upstream) -> torch.Tensor:
-    """Return the targets' entries of the gradient of the untempered logits ``[n, K]``; 0 at repeated targets."""
-    g, targets = upstream.logprobs, rows.targets
-    same = targets[:, :, None] == targets[:, None, :]
-    own = (same * g[:, None, :]).sum(2) if targets.shape[1] > 1 else g
-    total = g.sum(1, keepdim=True)
-    p = chunk.logprobs.exp()
-    found = (own - total) - total * torch.expm1(chunk.logprobs)
-    if upstream.lse is not None:
-        found = found + p * upstream.lse[:, None]
-    if upstream.entropy is not None:
-        assert chunk.entropy is not None
-        # Where p is 0 its logprob may be -inf; the product is 0.
-        finite = chunk.logprobs.clamp(min=torch.finfo(p.dtype).min)
-        found = found - p * upstream.entropy[:, None] * (finite + chunk.entropy[:, None])
-    if chunk.slope is not None:
-        found = found * chunk.slope
-    return found.masked_fill(same.tril(-1).any(2), 0.0) if targets.shape[1] > 1 else found
-
-
-def add_targets(bulk: torch.Tensor, rows: Rows, apart: torch.Tensor) -> torch.Tensor:
-    """Add the targets' share to the bulk through the weight, in place."""
-    for k, y in enumerate(rows.targets.T):
-        bulk.addcmul_(rows.head.weight[y].to(bulk.dtype), apart[:, k, None])
-    return bulk
+    def _gradients_of(self, segment: LoraSegment) -> tuple[torch.Tensor, torch.Tensor]:
+        # The segment is the same object's part in every chunk: its parameters tell which one it is.
+        assert self.adapters is not None
+        return self.adapters[self._places[id(segment.a), id(segment.b)]]
 
 
 def evaluate(

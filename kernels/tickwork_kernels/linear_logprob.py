@@ -9,7 +9,8 @@ import torch
 from tickwork_kernels.head import Adapters, HeadCase, HeadKernel, Needs, as_segments
 from tickwork_kernels.head_checks import IGNORE, Call, HeadOptions, prepare
 from tickwork_kernels.head_held import CACHE_BYTES, HeldLogprobs, Memory
-from tickwork_kernels.head_sweep import HeadGradients, Upstream
+from tickwork_kernels.head_sweep import HeadGradients
+from tickwork_kernels.head_targets import Upstream
 from tickwork_kernels.heads import choose_head
 from tickwork_kernels.registry import Choice
 from tickwork_kernels.support import refuse_second_derivatives

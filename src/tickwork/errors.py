@@ -12,6 +12,7 @@
         ├── CheckpointError         a checkpoint is unknown, expired, foreign, damaged or in the way
         ├── ModelLoadError          a base model is unknown, unreadable or of a kind that does not pack
         ├── CapacityError           one request alone does not fit on the device
+        ├── DivergedError           a sampler's logits are not finite
         ├── RequestCancelledError   a sampling request that its owner cancelled
         └── EngineStoppedError      the engine died or was aborted before the request ran
 """
@@ -94,6 +95,12 @@ class ModelLoadError(RequestFailedError):
 
 class CapacityError(RequestFailedError):
     """One request alone does not fit on the device; the message says what would."""
+
+    category = RequestErrorCategory.USER
+
+
+class DivergedError(RequestFailedError):
+    """A sampler's logits are not finite: what it would draw means nothing."""
 
     category = RequestErrorCategory.USER
 

@@ -18,7 +18,7 @@ from tickwork_kernels.conformance.oracle import (
     ways,
     with_logits,
 )
-from tickwork_kernels.head_sweep import Upstream
+from tickwork_kernels.head_targets import Upstream
 
 
 def confident_tokens(impl: str, device: torch.device) -> str | None:

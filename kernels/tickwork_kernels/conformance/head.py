@@ -26,7 +26,7 @@ from tickwork_kernels.conformance.oracle import (
     ways,
 )
 from tickwork_kernels.head import Head
-from tickwork_kernels.head_sweep import Upstream
+from tickwork_kernels.head_targets import Upstream
 from tickwork_kernels.heads import choose_both
 
 Check = Callable[[str, torch.device], str | None]

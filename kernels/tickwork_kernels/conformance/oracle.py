@@ -9,7 +9,8 @@ import torch
 
 from tickwork_kernels.head import Head, HeadCase, Lora, Needs, Rows, as_segments
 from tickwork_kernels.head_held import HeldLogprobs, Memory
-from tickwork_kernels.head_sweep import HeadGradients, Upstream, evaluate
+from tickwork_kernels.head_sweep import HeadGradients, evaluate
+from tickwork_kernels.head_targets import Upstream
 from tickwork_kernels.heads import choose_both
 from tickwork_kernels.registry import RefusedError
 

@@ -70,13 +70,18 @@ def packed_attention(
     layer = int(getattr(module, "layer_idx", 0))
     if packed.pool is not None and packed.slots is not None:
         packed.pool.append(layer, k, v, packed.slots, packed.positions[0])
+    if packed.order is not None:
+        q, k, v = (_Gather.apply(t, packed.order[0]) for t in (q, k, v))  # type: ignore[no-untyped-call]
     parts = [
         _fresh(own_q, own_k, own_v, block, scale, sliding_window, softcap)
         if block.slots is None
         else _cached(own_q, packed, layer, block, scale, sliding_window, softcap)
         for own_q, own_k, own_v, block in zip(*(_by_block(t, packed) for t in (q, k, v)), packed.blocks, strict=True)
     ]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if packed.order is not None:
+        out = _Gather.apply(out, packed.order[1])  # type: ignore[no-untyped-call]
+    return out[None], None
 
 
 def _by_block(x: torch.Tensor, packed: Packed) -> Sequence[torch.Tensor]:

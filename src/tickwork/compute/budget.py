@@ -119,7 +119,7 @@ def _saved(base: BaseModel, adapter: Adapter, rows: int) -> int:
         return tensor.detach()  # holds the storage, so that its address stays its own; not the graph that holds it
 
     with torch.enable_grad(), saved_tensors_hooks(note, lambda kept: kept):
-        hidden = base.hidden(pack([row] * rows, base.device))
+        hidden = base.hidden(pack([row] * rows, base.device, gradient=True))
     del hidden
     return sum(found.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import torch
 
@@ -26,7 +27,7 @@ class KVPool:
     def acquire(self) -> int:
         """Take a slot."""
         if not self._free:
-            added = max(16, self.slots)
+            added = max(1, self.slots)
             self._free = list(range(self.slots, self.slots + added))
             self.slots += added
         return heapq.heappop(self._free)
@@ -36,18 +37,42 @@ class KVPool:
         if length > self.capacity:
             self.capacity = max(-(-length // 64) * 64, 2 * self.capacity)
 
-    def release(self, slot: int) -> None:
-        """Give a slot back; lowest slots are handed out first, so that live ones stay close together."""
-        heapq.heappush(self._free, slot)
+    def release(self, slots: Sequence[int], length: int) -> None:
+        """Give slots back; the lowest are handed out first, so that live ones stay close together.
+
+        Args:
+            slots: the slots.
+            length: how many positions of them may have been written. They are cleared: attention gives the weight 0
+                to what lies past a sequence's end, and 0 times the NaN of the sequence before would be NaN.
+        """
+        for slot in slots:
+            heapq.heappush(self._free, slot)
         if len(self._free) == self.slots:
             self.keys, self.values, self.slots, self.capacity, self._free = {}, {}, 0, 0, []
+        for held in (*self.keys.values(), *self.values.values()):
+            written = [slot for slot in slots if slot < len(held)]
+            if written:
+                held[_places(written, held.device), :, :length] = 0
 
-    def fork(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` positions of one slot to another."""
+    def shrink(self, length: int) -> None:
+        """Keep no more than the slots up to the highest in use, and ``length`` positions of them."""
+        free = set(self._free)
+        self.slots = 1 + max((slot for slot in range(self.slots) if slot not in free), default=-1)
+        self._free = sorted(slot for slot in free if slot < self.slots)
+        self.capacity = 0  # grows with the next write again
+        for store in (self.keys, self.values):
+            for layer, held in store.items():
+                if held.shape[0] > self.slots or held.shape[2] > length:
+                    store[layer] = held[: self.slots, :, :length].clone()
+
+    def fork(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Copy the first ``length`` positions of one slot to others."""
+        if not targets:
+            return
         for store in (self.keys, self.values):
             for layer in store:
-                store[layer] = self._grown(store[layer])
-                store[layer][target, :, :length] = store[layer][source, :, :length]
+                held = store[layer] = self._grown(store[layer])
+                held[_places(targets, held.device), :, :length] = held[source, :, :length]
 
     def append(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
@@ -73,3 +98,10 @@ class KVPool:
         grown = held.new_zeros((slots, held.shape[1], capacity, held.shape[3]))
         grown[: held.shape[0], :, : held.shape[2]] = held
         return grown
+
+
+def _places(slots: Sequence[int], device: torch.device) -> slice | torch.Tensor:
+    """Return an index of slots: a slice where they are consecutive, which needs no copy to the device."""
+    if list(slots) == list(range(slots[0], slots[0] + len(slots))):
+        return slice(slots[0], slots[0] + len(slots))
+    return torch.tensor(slots, device=device)

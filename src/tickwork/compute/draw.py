@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Collection
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 import attrs
 import numpy as np
 
+from tickwork.compute.cache import KVPool
 from tickwork.compute.choose import Recipe
 from tickwork.compute.lora import Adapter
 from tickwork.compute.prompt import PromptScores, Ranked
 from tickwork.convert import is_finite
 from tickwork.engine.request import Request
-from tickwork.errors import InvalidRequestError
+from tickwork.errors import DivergedError, InvalidRequestError, RequestFailedError
 from tickwork.requests import Sample
 from tickwork.results import SampledSequence, SampleResponse
 from tickwork.types import SamplingParams, StopReason
+from tickwork_kernels import Lora
 
 # Below this, but not at 0, float32 logits divided by the temperature overflow.
 COLDEST = 1e-5
@@ -80,7 +83,10 @@ class Draw:
 
     Args:
         prompt: what is asked of the prompt.
+        head: the adapter's part of the head.
+        pool: where the keys and values of its sequences lie.
         prefilled: prompt tokens whose keys and values are cached.
+        error: what it ran into.
     """
 
     request: Request
@@ -91,13 +97,21 @@ class Draw:
     budget: int
     seed: int
     prompt: PromptScores
+    head: Lora | None
     strands: list[Strand] = attrs.Factory(list)
+    pool: KVPool = attrs.Factory(KVPool)
     prefilled: int = 0
+    error: RequestFailedError | None = None
 
     @property
     def decoding(self) -> bool:
         """Whether the prompt is through."""
-        return self.prefilled == len(self.payload.prompt)
+        return self.unfilled == 0
+
+    @property
+    def unfilled(self) -> int:
+        """Prompt tokens that have not been through the model."""
+        return len(self.payload.prompt) - self.prefilled
 
     @property
     def reach(self) -> int:
@@ -105,16 +119,27 @@ class Draw:
         return len(self.payload.prompt) + self.budget
 
     @property
+    def held(self) -> int:
+        """Positions that its sequences under way may come to hold."""
+        return self.reach * sum(strand.reason is None for strand in self.strands)
+
+    @property
     def done(self) -> bool:
-        """Whether every sequence has stopped."""
-        return bool(self.strands) and all(strand.reason for strand in self.strands)
+        """Whether it has failed, or every sequence has stopped."""
+        return self.error is not None or all(strand.reason for strand in self.strands)
 
     def random(self, index: int) -> np.random.Generator:
         """Random numbers of one sequence: a function of the request's seed and its index alone."""
         return np.random.default_rng([self.seed, index])
 
     def take(self, strand: Strand, token: int, logprob: float, ranked: Ranked | None) -> None:
-        """Append a drawn token."""
+        """Append a drawn token.
+
+        Raises:
+            DivergedError: its logits were not finite.
+        """
+        if math.isnan(logprob):
+            raise self._diverged()
         strand.pending = None
         strand.tokens.append(token)
         strand.logprobs.append(logprob)
@@ -126,7 +151,15 @@ class Draw:
             strand.reason = "length"
 
     def answer(self) -> SampleResponse:
-        """Build the response, once ``done``."""
+        """Build the response, once ``done``.
+
+        Raises:
+            RequestFailedError: what it ran into.
+        """
+        if self.error is not None:
+            raise self.error
+        if not self.prompt.sound():
+            raise self._diverged()
         payload = self.payload
         name = secrets.token_hex(8)
         sequences = [
@@ -147,18 +180,14 @@ class Draw:
             prompt_alt_tokens=self.prompt.alt_tokens(),
         )
 
+    def _diverged(self) -> DivergedError:
+        why = "the base model overflows on this prompt" if self.adapter is None else "its adapter has diverged"
+        return DivergedError(f"the logits of this sampler are not finite: {why}")
+
     def afresh(self) -> Draw:
         """Return the same request, not begun."""
-        prompt = PromptScores(
-            self.payload,
-            self.recipe.temperature,
-            self.seed,
-            self.prompt.cells,
-            self.prompt.found,
-            self.prompt.alternatives,
-            self.prompt.alternative_scores,
-        )
-        return Draw(self.request, self.payload, self.adapter, self.recipe, self.stop, self.budget, self.seed, prompt)
+        prompt = attrs.evolve(self.prompt, scores={}, ranked={})
+        return attrs.evolve(self, prompt=prompt, strands=[], pool=KVPool(), prefilled=0)
 
 
 def open_draw(
@@ -187,7 +216,8 @@ def open_draw(
     seed = secrets.randbits(63) if params.seed is None else params.seed
     stop = _stop_rule(params, vocab_size, stop_ids, decode)
     prompt = PromptScores.of(payload, recipe.temperature, seed, vocab_size)
-    return Draw(request, payload, adapter, recipe, stop, budget, seed, prompt)
+    head = None if adapter is None else adapter.head
+    return Draw(request, payload, adapter, recipe, stop, budget, seed, prompt, head)
 
 
 def _check(payload: Sample, vocab_size: int, context: int) -> None:

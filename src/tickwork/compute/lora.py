@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from tickwork.compute.rows import Packed
 from tickwork.types import LoraConfig
-from tickwork_kernels import Lora, multi_lora
+from tickwork_kernels import Lora, lora_linear
+
+if TYPE_CHECKING:
+    from tickwork.compute.rows import Packed
 
 # ``W' = W + (32 / rank) * B @ A``: fixed, so that one learning rate serves all ranks.
 ALPHA = 32
@@ -30,16 +32,20 @@ class LoraLinear(torch.nn.Module):
     def __init__(self, base: torch.nn.Module, path: str, current: Mapping[str, Packed]) -> None:
         super().__init__()
         self.base = base
+        weight: Any = base.weight
+        self.weight: torch.Tensor = weight.detach().T if isinstance(base, Conv1D) else weight.detach()
+        self.bias: torch.Tensor | None = base.bias  # type: ignore[assignment]
         self.path = path
         self.current = current
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Project ``[..., d_in]`` to ``[..., d_out]``."""
-        y: torch.Tensor = self.base(x)
-        segments = self.current["packed"].lora_segments(self.path)
-        if all(segment.a is None for segment in segments):
+        stacks = self.current["packed"].lora(self.path)
+        if not stacks:
+            y: torch.Tensor = self.base(x)
             return y
-        return multi_lora(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), segments).view_as(y)
+        y = lora_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias, stacks, check=False)
+        return y.view(*x.shape[:-1], -1)
 
 
 class Adapter:
@@ -66,14 +72,14 @@ class Adapter:
         """Let the parameters be those of this arena, laid out as the one before."""
         self.arena = arena
         self.tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Offset, rows and columns of ``a`` and ``b`` of each projection.
+        self.places: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {}
         rank, offset = self.config.rank, 0
         for path, (d_in, d_out) in self.shapes.items():
-            a = arena[offset : offset + rank * d_in].view(rank, d_in)
-            offset += a.numel()
-            b = arena[offset : offset + rank * d_out].view(d_out, rank)
-            offset += b.numel()
-            # Leaves of their own: gradients of views would each be as large as the arena.
-            self.tensors[path] = (a.detach().requires_grad_(), b.detach().requires_grad_())
+            self.places[path] = (offset, rank, d_in), (offset + rank * d_in, d_out, rank)
+            offset += rank * (d_in + d_out)
+            a, b = (arena[at : at + rows * columns].view(rows, columns) for at, rows, columns in self.places[path])
+            self.tensors[path] = a, b
 
     def _initialise(self) -> None:
         """A uniform in ``+-1/sqrt(d_in)`` whatever the rank, B zero; each tensor from a seed of its own."""
@@ -103,26 +109,28 @@ class Adapter:
     @property
     def head(self) -> Lora | None:
         """The head's part, if the head is adapted."""
-        path = next((path for path in self.tensors if is_head(path)), None)
-        if path is None:
-            return None
-        a, b = (tensor.detach() for tensor in self.tensors[path])
-        return Lora(a, b, self.scale)
+        path = self._head_path
+        return None if path is None else Lora(*self.tensors[path], self.scale)
 
-    def body(self) -> list[torch.Tensor]:
-        """The leaves that the packed forward goes through: all but the head's."""
-        return [tensor for path, pair in self.tensors.items() if not is_head(path) for tensor in pair]
+    def add_head(self, flat: torch.Tensor, grads: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Add gradients of the head's ``a`` and ``b`` where they belong in an arena of this size."""
+        assert self._head_path is not None
+        for (at, rows, columns), grad in zip(self.places[self._head_path], grads, strict=True):
+            flat[at : at + rows * columns].view(rows, columns).add_(grad)
+
+    @property
+    def _head_path(self) -> str | None:
+        return next((path for path in self.tensors if is_head(path)), None)
+
+    def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Return the tensors' views of an arena of this size: ``a`` and ``b`` of each projection in turn."""
+        places = [place for pair in self.places.values() for place in pair]
+        return [flat[at : at + rows * columns].view(rows, columns) for at, rows, columns in places]
 
     def named(self, arena: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Return PEFT's names with views of this arena, or of another of its size (moments)."""
-        flat, offset, names = (self.arena if arena is None else arena), 0, {}
-        for path, pair in self.tensors.items():
-            for letter, tensor in zip("AB", pair, strict=True):
-                names[f"base_model.model.{path}.lora_{letter}.weight"] = flat[offset : offset + tensor.numel()].view(
-                    tensor.shape
-                )
-                offset += tensor.numel()
-        return names
+        names = [f"base_model.model.{path}.lora_{letter}.weight" for path in self.tensors for letter in "AB"]
+        return dict(zip(names, self.split(self.arena if arena is None else arena), strict=True))
 
 
 def is_head(path: str) -> bool:

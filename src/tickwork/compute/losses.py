@@ -22,6 +22,8 @@ from tickwork_kernels.token_losses import Config, Inputs, Pair
 
 # Every elementwise loss that the kernels know: the built-in ones and those a user has registered.
 TOKEN_LOSSES: Mapping[str, kernels.TokenLoss] = kernels.token_losses()
+# Those that are shipped: they can not fail.
+BUILT_IN = {"cross_entropy", "importance_sampling", "ppo", "cispo", "dro"}
 # Of these the API takes targets (N,) only.
 NARROW = {"importance_sampling", "ppo", "cispo", "dro"}
 
@@ -109,7 +111,7 @@ def _check_size(data: Sequence[Datum]) -> None:
 
 
 def _check_datum(datum: Datum, loss_fn: str | CustomLoss, vocab_size: int, context: int) -> None:
-    tokens = np.asarray(datum.model_input.to_ints(), dtype=object)  # an id may be too large for any dtype
+    tokens = _ids(datum.model_input.to_ints())
     if not 0 < len(tokens) <= context:
         raise InvalidRequestError(f"has {len(tokens)} tokens; 1 to {context} are allowed", field="model_input")
     _check_ids(tokens, vocab_size, "model_input")
@@ -153,6 +155,13 @@ def _input(datum: Datum, key: str, dtype: TensorDtype) -> TensorData:
     if tensor.dtype != dtype:
         raise InvalidRequestError(f"dtype {tensor.dtype} where {dtype} is needed", field=_field(key))
     return tensor
+
+
+def _ids(tokens: list[int]) -> np.ndarray:
+    try:
+        return np.asarray(tokens, dtype=np.int64)
+    except OverflowError:  # an id may be too large for any dtype; it is refused by its value
+        return np.asarray(tokens, dtype=object)
 
 
 def _check_ids(ids: np.ndarray, vocab_size: int, field: str) -> None:

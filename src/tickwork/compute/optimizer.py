@@ -61,13 +61,9 @@ class Trainable:
     def _extras(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         return self._grad, self.exp_avg, self.exp_avg_sq
 
-    def accumulate(self, body: Sequence[torch.Tensor | None], head: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        """Add gradients: of ``adapter.body()`` in order, and of the head's ``a`` and ``b``."""
-        views = self.adapter.named(self.grad).values()
-        grads = [*body, *(head or ())]
-        pairs = [(view, grad) for view, grad in zip(views, grads, strict=True) if grad is not None]
-        if pairs:
-            torch._foreach_add_([view for view, _ in pairs], [grad for _, grad in pairs])
+    def accumulate(self, grad: torch.Tensor) -> None:
+        """Add a gradient ``[P]``, laid out as the arena."""
+        self.grad.add_(grad)
 
     def step(self, params: AdamParams) -> dict[str, float]:
         """Clip, apply AdamW, clear the gradient; see ``step_together``."""

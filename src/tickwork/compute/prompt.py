@@ -102,6 +102,12 @@ class PromptScores:
             return None
         return PromptAltTokens(TensorData.from_numpy(self.alternatives), TensorData.from_numpy(self.alternative_scores))
 
+    def sound(self) -> bool:
+        """Whether every score is a number."""
+        ranked = [value for row in self.ranked.values() for _, value in row]
+        parts = (list(self.scores.values()), ranked, self.found, self.alternative_scores)
+        return not any(np.isnan(part).any() for part in parts)
+
     def _first_scored(self) -> int:
         length, last = len(self.payload.prompt), self.payload.prompt_logprobs_last_n
         if not self.payload.include_prompt_logprobs and not self.payload.topk_prompt_logprobs:

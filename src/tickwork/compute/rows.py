@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 import torch
 
 from tickwork.compute.cache import KVPool
-from tickwork_kernels import LoraSegment
-
-if TYPE_CHECKING:
-    from tickwork.compute.lora import Adapter
+from tickwork.compute.lora import Adapter
+from tickwork.compute.stacks import Stack, stacks_of
+from tickwork_kernels import LoraStack
 
 # Attention pads rows of similar length to a rectangle; it may hold this many times the cells the rows need.
 PADDING = 1.5
@@ -69,8 +67,10 @@ class Packed:
         tokens: ``[1, T]`` int64.
         positions: ``[1, T]`` int64.
         spans: packed ``(start, stop)`` of each row, in the order the rows were given.
-        segments: runs of tokens that share an adapter.
+        stacks: the adapters that they go through.
         blocks: what attends together.
+        order: two ``[T]`` int64: the packed token at each place of the blocks, and the place of each packed token; None
+            where blocks lie in packed order.
         pool: the cache, where rows have slots.
         slots: ``[T]`` cache slot of each token, with a pool.
     """
@@ -78,25 +78,30 @@ class Packed:
     tokens: torch.Tensor
     positions: torch.Tensor
     spans: list[tuple[int, int]]
-    segments: list[tuple[Adapter | None, int, int]]
+    stacks: list[Stack]
     blocks: list[Block]
+    order: tuple[torch.Tensor, torch.Tensor] | None = None
     pool: KVPool | None = None
     slots: torch.Tensor | None = None
 
-    def lora_segments(self, path: str) -> list[LoraSegment]:
-        """Return what ``multi_lora`` needs for the projection at ``path``."""
-        return [
-            LoraSegment(start, stop, None, None, 1.0)
-            if adapter is None or path not in adapter.tensors
-            else LoraSegment(start, stop, *adapter.tensors[path], adapter.scale)
-            for adapter, start, stop in self.segments
-        ]
+    def lora(self, path: str) -> list[LoraStack]:
+        """Return what ``lora_linear`` needs for the projection at ``path``."""
+        return [part for stack in self.stacks if (part := stack.at(path)) is not None]
 
 
-def pack(rows: Sequence[Row], device: torch.device, pool: KVPool | None = None) -> Packed:
-    """Lay rows end to end, sorted by adapter and then by kind and length, so that like attends with like."""
-    rank = {id(row.adapter): index for index, row in reversed(list(enumerate(rows)))}
-    order = sorted(range(len(rows)), key=lambda i: (rank[id(rows[i].adapter)], rows[i].start > 0, len(rows[i].tokens)))
+def pack(rows: Sequence[Row], device: torch.device, pool: KVPool | None = None, *, gradient: bool = False) -> Packed:
+    """Lay rows end to end, sorted by adapter and then by kind and length, so that like attends with like.
+
+    Adapters of equal rank and equally many tokens lie side by side: their products run as one.
+
+    Args:
+        pool: the cache of rows with a slot.
+        gradient: whether there will be a backward.
+    """
+    places = _places(rows)
+    order = sorted(
+        range(len(rows)), key=lambda i: (places[id(rows[i].adapter)], rows[i].start > 0, len(rows[i].tokens))
+    )
     ordered = [rows[i] for i in order]
     lengths = [len(row.tokens) for row in ordered]
     starts = np.concatenate(([0], np.cumsum(lengths)))
@@ -105,15 +110,27 @@ def pack(rows: Sequence[Row], device: torch.device, pool: KVPool | None = None) 
         spans[index] = (int(starts[place]), int(starts[place + 1]))
     positions = np.concatenate([np.arange(row.start, row.start + len(row.tokens)) for row in ordered])
     slots = None if pool is None else np.repeat([-1 if row.slot is None else row.slot for row in ordered], lengths)
+    attention = _attention(ordered, starts, device)
     return Packed(
         tokens=_tensor(np.concatenate([row.tokens for row in ordered]), device)[None],
         positions=_tensor(positions, device)[None],
         spans=spans,
-        segments=_segments(ordered, starts),
-        blocks=_blocks(ordered, starts, device),
+        stacks=stacks_of(_segments(ordered, starts), gradient),
+        blocks=attention[0],
+        order=attention[1],
         pool=pool,
         slots=None if slots is None else _tensor(slots, device),
     )
+
+
+def _places(rows: Sequence[Row]) -> dict[int, tuple[int, int, int]]:
+    """Return where each adapter's rows belong: by its rank, their tokens, and whose row comes first."""
+    places: dict[int, tuple[int, int, int]] = {}
+    for index, row in enumerate(rows):
+        rank = 0 if row.adapter is None else row.adapter.config.rank
+        _, tokens, first = places.get(id(row.adapter), (rank, 0, index))
+        places[id(row.adapter)] = (rank, tokens + len(row.tokens), first)
+    return places
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -128,6 +145,22 @@ def _segments(rows: Sequence[Row], starts: np.ndarray) -> list[tuple[Adapter | N
             begin = segments.pop()[1]
         segments.append((row.adapter, begin, int(starts[index + 1])))
     return segments
+
+
+def _attention(
+    rows: Sequence[Row], starts: np.ndarray, device: torch.device
+) -> tuple[list[Block], tuple[torch.Tensor, torch.Tensor] | None]:
+    """Return the blocks, and their order where rows of several adapters attend together in fewer of them."""
+    blocks = _blocks(rows, starts, device)
+    if len(blocks) == 1 or any(row.slot is not None for row in rows):
+        return blocks, None
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
+    lengths = [len(rows[i].tokens) for i in order]
+    fewer = _blocks([rows[i] for i in order], np.concatenate(([0], np.cumsum(lengths))), device)
+    if len(fewer) == len(blocks):
+        return blocks, None
+    tokens = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in order])
+    return fewer, (_tensor(tokens, device), _tensor(np.argsort(tokens), device))
 
 
 def _blocks(rows: Sequence[Row], starts: np.ndarray, device: torch.device) -> list[Block]:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from tickwork.compute.cache import KVPool
-from tickwork.compute.choose import choose
 from tickwork.compute.draw import Draw, Strand, open_draw
-from tickwork.compute.failure import out_of_memory
+from tickwork.compute.failure import failure, out_of_memory
 from tickwork.compute.lora import Adapter
 from tickwork.compute.model import BaseModel
-from tickwork.compute.prompt import Ranked, rank
+from tickwork.compute.next_tokens import Ready, next_tokens
 from tickwork.compute.rows import Row, pack
 from tickwork.engine.request import Outcome, Request
 from tickwork.errors import CapacityError, RequestCancelledError
 from tickwork.models import load_tokenizer
-from tickwork_kernels import head_logits
-
-Drawn = tuple[Draw, Strand, int, float, Ranked | None]
 
 
 class Sampler:
@@ -31,16 +27,19 @@ class Sampler:
     Args:
         base: the base model.
         max_tokens: tokens of one forward; longer prompts are prefilled in chunks, so that decoding goes on.
-        max_cached: positions the cache may come to hold; further requests wait.
+        max_cached: positions the cache may come to hold; further requests wait, and are taken in order.
+        invariant: give each request forwards and a cache of its own, so that its tokens and logprobs are to the bit
+            those that it has alone, under the same ``max_tokens``. Otherwise requests share each forward, whose shape
+            may round a logprob differently in the last bits.
 
     Room: the device thread.
     """
 
-    def __init__(self, base: BaseModel, max_tokens: int, max_cached: int = 2**18) -> None:
+    def __init__(self, base: BaseModel, max_tokens: int, max_cached: int = 2**18, *, invariant: bool = False) -> None:
         self._base = base
         self._max_tokens = max_tokens
-        self._max_cached = max_cached
-        self._pool = KVPool()
+        self._max_cached = self._limit = max_cached
+        self._shared = None if invariant else KVPool()
         self._waiting: deque[Draw] = deque()
         self._active: list[Draw] = []
 
@@ -72,21 +71,29 @@ class Sampler:
         return outcomes
 
     def step(self) -> list[Outcome]:
-        """Drop what was cancelled, let others join, run one forward, draw one token for each sequence."""
+        """Drop what was cancelled, let others join, and draw one token for each sequence whose prompt is through."""
         outcomes = self._drop_cancelled()
         self._join()
-        if not self._active:
-            return outcomes
+        if not self._forwards():
+            outcomes += self._make_room()
+        return outcomes + [self._end(draw) for draw in self._active[:] if draw.done]
+
+    def _forwards(self) -> bool:
+        """Run the forwards of one step; False where memory ran out, which leaves what they had not done for later."""
         try:
-            self._forward()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+            for draws in self._groups():
+                self._forward(draws)
+        except Exception as error:
             if not out_of_memory(error):
                 raise
-            return outcomes + self._make_room()
-        for draw in [draw for draw in self._active if draw.done]:
-            self._leave(draw)
-            outcomes.append(Outcome(draw.request, value=draw.answer()))
-        return outcomes
+            return False
+        return True
+
+    def _groups(self) -> list[list[Draw]]:
+        """Return which requests share a forward."""
+        if self._shared is None:
+            return [[draw] for draw in self._active]
+        return [self._active] if self._active else []
 
     def _drop_cancelled(self) -> list[Outcome]:
         gone = [draw for draw in (*self._active, *self._waiting) if draw.request.cancelled]
@@ -95,22 +102,33 @@ class Sampler:
         return [Outcome(d.request, error=RequestCancelledError("the sampling request was cancelled")) for d in gone]
 
     def _join(self) -> None:
+        if not self._active:  # what did not fit beside others has had its turn
+            self._limit = self._max_cached
+        held = sum(draw.held for draw in self._active)
         while self._waiting:
             draw = self._waiting[0]
-            held = sum(len(other.strands) * other.reach for other in self._active)
-            if self._active and held + draw.payload.num_samples * draw.reach > self._max_cached:
+            needed = draw.payload.num_samples * draw.reach
+            if self._active and held + needed > self._limit:
                 return
+            held += needed
             self._active.append(self._waiting.popleft())
+            draw.pool = draw.pool if self._shared is None else self._shared
             draw.strands = [
-                Strand(self._pool.acquire(), draw.random(index)) for index in range(draw.payload.num_samples)
+                Strand(draw.pool.acquire(), draw.random(index)) for index in range(draw.payload.num_samples)
             ]
 
     def _leave(self, draw: Draw) -> None:
-        for strand in draw.strands:
-            self._pool.release(strand.slot)
+        draw.pool.release([strand.slot for strand in draw.strands if strand.reason is None], draw.reach)
         for line in (self._active, self._waiting):
             if draw in line:
                 line.remove(draw)
+
+    def _end(self, draw: Draw) -> Outcome:
+        self._leave(draw)
+        try:
+            return Outcome(draw.request, value=draw.answer())
+        except Exception as error:
+            return Outcome(draw.request, error=failure(error))
 
     def _make_room(self) -> list[Outcome]:
         """After running out of memory: start the newest request over later, or fail it if it is alone."""
@@ -127,53 +145,59 @@ class Sampler:
             )
             return [Outcome(draw.request, error=error)]
         self._waiting.appendleft(draw.afresh())
-        self._max_cached = max(1, sum(len(other.strands) * other.reach for other in self._active))
+        self._limit = max(1, sum(other.held for other in self._active))
+        if self._shared is not None:  # or the others would have to find room for what it had grown to
+            self._shared.shrink(max(strand.length for other in self._active for strand in other.strands))
         return []
 
     @torch.no_grad()
-    def _forward(self) -> None:
-        work = list(self._work())
+    def _forward(self, draws: Sequence[Draw]) -> None:
+        """Run one forward of requests that share a cache."""
+        work, pool = list(self._work(draws)), draws[0].pool
         rows = [row for _, _, row in work]
-        self._pool.reserve(max(row.start + len(row.tokens) for row in rows))
-        packed = pack(rows, self._base.device, self._pool)
+        pool.reserve(max(row.start + len(row.tokens) for row in rows))
+        packed = pack(rows, self._base.device, pool)
         hidden = self._base.hidden(packed)
-        ready: list[tuple[Draw, Strand]] = []
-        places: list[int] = []
+        ready: list[Ready] = []
         for (draw, strand, row), (start, stop) in zip(work, packed.spans, strict=True):
-            if strand is None:
-                self._score(draw, row, hidden[start:stop])
-            if strand is not None or draw.prefilled + len(row.tokens) == len(draw.payload.prompt):
-                fresh = [strand] if strand is not None else self._fork(draw)
-                ready += [(draw, each) for each in fresh]
-                places += [stop - 1] * len(fresh)
-        drawn = self._draw(ready, places, hidden)
+            if strand is not None:
+                ready.append((draw, strand, stop - 1))
+                continue
+            self._score(draw, row, hidden[start:stop])
+            if len(row.tokens) == draw.unfilled:
+                ready += [(draw, each, stop - 1) for each in self._fork(draw)]
+        ready.sort(key=lambda each: each[2])  # packed rows are in order of adapters
+        drawn = next_tokens(ready, hidden, self._base.head)
         # Only here do draws change: what runs out of memory before is done again.
         for draw, strand, row in work:
             self._advance(draw, strand, row)
-        for draw, strand, token, logprob, ranked in drawn:
-            draw.take(strand, token, logprob, ranked)
+        for (draw, strand, _), (token, logprob, ranked) in zip(ready, drawn, strict=True):
+            try:
+                draw.take(strand, token, logprob, ranked)
+            except Exception as error:
+                draw.error = failure(error)
+        stopped = [strand.slot for _, strand, _ in ready if strand.reason]
+        if stopped:
+            pool.release(stopped, max(draw.reach for draw in draws))
 
-    def _work(self) -> Iterator[tuple[Draw, Strand | None, Row]]:
+    def _work(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Strand | None, Row]]:
         """Yield the rows of one forward: a token for each sequence, then as much of the prompts as fits."""
         room = self._max_tokens
-        for draw in self._active:
+        for draw in draws:
             for strand in draw.strands if draw.decoding else ():
                 if strand.reason is None:
                     room -= 1
                     token = np.array(strand.tokens[-1:], dtype=np.int64)
                     yield draw, strand, Row(token, draw.adapter, strand.length, strand.slot)
         room = max(room, self._max_tokens // 4, 1)  # or a large decode batch would keep prompts out
-        for draw in self._active:
-            if not draw.decoding and room > 0:
-                part = np.array(draw.payload.prompt[draw.prefilled : draw.prefilled + room], dtype=np.int64)
-                room -= len(part)
-                yield draw, None, Row(part, draw.adapter, draw.prefilled, draw.strands[0].slot)
+        for draw, count in _shares([draw for draw in draws if not draw.decoding], room):
+            part = np.array(draw.payload.prompt[draw.prefilled : draw.prefilled + count], dtype=np.int64)
+            yield draw, None, Row(part, draw.adapter, draw.prefilled, draw.strands[0].slot)
 
     def _fork(self, draw: Draw) -> list[Strand]:
         """Give every sequence of a request the prompt's keys and values."""
         first, *others = draw.strands
-        for strand in others:
-            self._pool.fork(first.slot, strand.slot, len(draw.payload.prompt))
+        draw.pool.fork(first.slot, [strand.slot for strand in others], len(draw.payload.prompt))
         return draw.strands
 
     def _advance(self, draw: Draw, strand: Strand | None, row: Row) -> None:
@@ -189,33 +213,26 @@ class Sampler:
         begin = max(row.start + 1, draw.prompt.first())
         end = min(row.start + len(row.tokens) + 1, len(draw.payload.prompt))
         if begin < end:
-            lora = None if draw.adapter is None else draw.adapter.head
-            draw.prompt.read(hidden[begin - 1 - row.start : end - 1 - row.start], begin, self._base.head, lora)
+            draw.prompt.read(hidden[begin - 1 - row.start : end - 1 - row.start], begin, self._base.head, draw.head)
 
-    def _draw(self, ready: list[tuple[Draw, Strand]], places: list[int], hidden: torch.Tensor) -> list[Drawn]:
-        """Draw the next token of each ready sequence; those with equal adapter and settings together."""
-        groups: dict[object, list[int]] = defaultdict(list)
-        drawn: list[Drawn] = []
-        for index, (draw, _) in enumerate(ready):
-            groups[(id(draw.adapter), draw.recipe)].append(index)
-        for members in groups.values():
-            draws = [ready[i] for i in members]
-            first = draws[0][0]
-            states = hidden[torch.tensor([places[i] for i in members], device=hidden.device)]
-            lora = None if first.adapter is None else first.adapter.head
-            logits = head_logits(states, self._base.head, lora)
-            uniforms = torch.tensor([strand.uniform() for _, strand in draws], dtype=torch.float64)
-            tokens, logp = choose(logits, uniforms.to(hidden.device), first.recipe)
-            drawn += self._describe(draws, tokens, logp)
-        return drawn
 
-    def _describe(self, draws: list[tuple[Draw, Strand]], tokens: torch.Tensor, logp: torch.Tensor) -> Iterator[Drawn]:
-        chosen = logp.gather(1, tokens[:, None])[:, 0].tolist()
-        most = max(draw.payload.topk_sample_logprobs for draw, _ in draws)
-        ranked = rank(logp, most) if most else [[]] * len(draws)
-        for (draw, strand), token, logprob, top in zip(draws, tokens.tolist(), chosen, ranked, strict=True):
-            wanted = draw.payload.topk_sample_logprobs
-            yield draw, strand, token, logprob, top[:wanted] if wanted else None
+def _shares(filling: list[Draw], room: int) -> Iterator[tuple[Draw, int]]:
+    """Yield how much of each prompt comes next: half the room is the oldest's, the rest goes to the shortest first.
+
+    So a long prompt does not keep short ones out, nor many short ones it.
+    """
+    if not filling:
+        return
+    oldest, *others = filling
+    spare = room - sum(draw.unfilled for draw in others)
+    parts = [(oldest, max(-(-room // 2), spare))] + [
+        (draw, room) for draw in sorted(others, key=lambda draw: draw.unfilled)
+    ]
+    for draw, most in parts:
+        count = min(draw.unfilled, most, room)
+        room -= count
+        if count:
+            yield draw, count
 
 
 def _decode(name: str, ids: list[int]) -> str:

@@ -15,7 +15,8 @@ from tickwork.compute.graph import make_loss
 from tickwork.compute.lora import Adapter
 from tickwork.compute.losses import check
 from tickwork.compute.optimizer import Trainable, step_together
-from tickwork.compute.passes import Progress, run_pass
+from tickwork.compute.parts import Progress
+from tickwork.compute.passes import run_pass
 from tickwork.compute.residency import Residency
 from tickwork.compute.sampler import Sampler
 from tickwork.compute.weights import Shelf, TrainingModel, Weights
@@ -65,8 +66,6 @@ class Device:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._bases = Bases(self._device, dtype, max_tokens, invariant, checkpoint_activations)
         self._residency = Residency(adapter_memory, self._device)
-        # On CPU nothing is gained, and one request's lack of memory would be that of all.
-        self._steps_together = self._device.type != "cpu"
         self._models: dict[str, TrainingModel] = {}
         self._weights: dict[str, Weights] = {}
         self._shelf = Shelf(self._bases.get, self._model, self._store, self._device)
@@ -77,7 +76,6 @@ class Device:
         self._lost: dict[str, RequestFailedError] = {}
         self._steps: dict[type, Callable[..., object]] = {
             CreateModel: self._create,
-            OptimStep: self._optim_step,
             Save: self._save,
             Load: self._load,
             OpenSampler: self._open_sampler,
@@ -164,10 +162,8 @@ class Device:
             progress.fail(failure(error))
 
     def _run_steps(self, steps: Sequence[Request]) -> list[Outcome]:
-        """Run steps, each of another lane; on CUDA all optimizers together, which take two launches in all."""
+        """Run steps, each of another lane; all optimizers of the stage in one call."""
         optim = [request for request in steps if isinstance(request.payload, OptimStep)]
-        if not self._steps_together or len(optim) < 2:
-            return [_outcome(request, self._step) for request in steps]
         outcomes = [_outcome(request, self._step) for request in steps if request not in optim]
         asks = []
         for request in optim:
@@ -227,9 +223,6 @@ class Device:
         self._models[ask.model_id] = TrainingModel(base, state)
         self._residency.use(state)
         return base.info(ask.model_id, adapter)
-
-    def _optim_step(self, ask: OptimStep) -> OptimStepResponse:
-        return OptimStepResponse(self._model(ask.model_id).state.step(ask.params))
 
     def _save(self, ask: Save) -> SaveWeightsResponse | SaveWeightsExternalResponse:
         model = self._model(ask.model_id)
