@@ -24,8 +24,14 @@ class Ours:
         dtype: Literal["float32", "bfloat16"] = "float32",
         rank: int = RANK,
         max_tokens_per_pass: int | None = None,
+        checkpoint_activations: bool = False,
     ) -> None:
-        self.service = tickwork.ServiceClient(device=device, dtype=dtype, max_tokens_per_pass=max_tokens_per_pass)
+        self.service = tickwork.ServiceClient(
+            device=device,
+            dtype=dtype,
+            max_tokens_per_pass=max_tokens_per_pass,
+            checkpoint_activations=checkpoint_activations,
+        )
         self._client = self.service.create_lora_training_client(workload.model, rank=rank, seed=0).result()
         self._data = workload.data()
 

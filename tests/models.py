@@ -229,9 +229,9 @@ def data_of(lengths: Sequence[int], seed: int = 0, width: int | None = None) -> 
 class Bench:
     """A device run stage by stage, without an engine."""
 
-    def __init__(self, store: Path | None = None, max_tokens: int = 64) -> None:
+    def __init__(self, store: Path | None = None, max_tokens: int | None = 64, **options: Any) -> None:
         self.catalogue = Catalogue(store)
-        self.device = Device(self.catalogue, "cpu", "float32", max_tokens)
+        self.device = Device(self.catalogue, "cpu", "float32", max_tokens, **options)
 
     def create(self, model_id: str, kind: str = "llama", *, stirred: bool = True, **config: Any) -> TrainingModel:
         """Make a training model; its adapter is moved away from its start unless told not to."""

@@ -334,6 +334,10 @@ def test_a_bad_adapter_is_refused(service: tickwork.ServiceClient, arguments: di
         ({"max_tokens_per_pass": 0}, "max_tokens_per_pass"),
         ({"merge": 0}, "merge"),
         ({"invariant": "yes"}, "invariant"),
+        ({"max_tokens_per_pass": True}, "max_tokens_per_pass"),
+        ({"adapter_memory": 0}, "adapter_memory"),
+        ({"adapter_memory": 1.5}, "adapter_memory"),
+        ({"checkpoint_activations": 1}, "checkpoint_activations"),
     ],
 )
 def test_a_bad_setting_of_the_service_is_refused(arguments: dict[str, Any], field: str) -> None:

@@ -270,7 +270,7 @@ def test_the_live_view_shows_each_lane_since_the_phase_began() -> None:
 
     from rich.console import Console
 
-    from tickwork.engine.engine import EngineStatistics, LaneStatistics
+    from tickwork.engine.statistics import EngineStatistics, LaneStatistics
 
     def engine(cycles: int, busy: float, lane: LaneStatistics) -> EngineStatistics:
         return EngineStatistics(cycles, cycles, 100 * cycles, 0, busy, 2.0 * cycles, 0, 0, 0, 0, 0, {"id": lane})

@@ -470,7 +470,9 @@ def test_the_engines_thread_refuses_to_wait_for_itself() -> None:
 class FakeDevice:
     """What ``LocalExecutor`` drives, without torch: calls the payloads of steps; a sample alone is never finished."""
 
-    def __init__(self, *settings: object, invariant: bool) -> None:
+    max_tokens = 32
+
+    def __init__(self, *settings: object, **options: object) -> None:
         self.samples: list[Request] = []
 
     @property

@@ -42,9 +42,11 @@ SWITCH_SECONDS = 5e-4
 @click.option("--device", help="cpu, cuda or cuda:N; the default takes CUDA where there is one.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the base models.")
 @click.option("--cycle-period", default=0.0, show_default=True, help="Seconds that a window of arrivals stays open.")
-@click.option("--max-tokens-per-pass", type=click.IntRange(1), help="Tokens that go through the model at once.")
+@click.option("--max-tokens-per-pass", type=click.IntRange(1), help="Tokens that go through the model at once; the default measures how many fit.")  # fmt: skip  # noqa: E501
 @click.option("--merge/--no-merge", default=True, show_default=True, help="Whether clients' rows may share a pass.")
 @click.option("--invariant", is_flag=True, help="Results are bit-equal whoever else is served; implies --no-merge.")
+@click.option("--checkpoint-activations", is_flag=True, help="Run layers again in the backward instead of keeping what they compute.")  # fmt: skip  # noqa: E501
+@click.option("--adapter-memory-mib", type=click.IntRange(1), help="What adapters may take of the device; others wait in host memory.")  # fmt: skip  # noqa: E501
 @click.option("--max-models", default=64, show_default=True, help="Training models that one key may hold.")
 @click.option("--max-samplers", default=64, show_default=True, help="Samplers whose weights are held for one key.")
 @click.option(
@@ -57,7 +59,9 @@ SWITCH_SECONDS = 5e-4
 @click.option(
     "--session-seconds", default=3600.0, show_default=True, help="When a session without a sign of life ends."
 )
-def serve(max_body_mib: int, max_decompressed_mib: int, keys: Path | None, **given: Any) -> None:
+def serve(
+    max_body_mib: int, max_decompressed_mib: int, adapter_memory_mib: int | None, keys: Path | None, **given: Any
+) -> None:
     """Serve base models to the official tinker SDK, its CLI and its cookbook."""
     try:
         from tickwork.server import Settings  # noqa: PLC0415  an extra
@@ -65,6 +69,7 @@ def serve(max_body_mib: int, max_decompressed_mib: int, keys: Path | None, **giv
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is missing: pip install 'tickwork[server]'") from None
     given |= {"max_body": max_body_mib * MIB, "max_decompressed": max_decompressed_mib * MIB}
+    given["adapter_memory"] = None if adapter_memory_mib is None else adapter_memory_mib * MIB
     settings = Settings(keys=read_keys(keys, os.environ.get(KEYS_VARIABLE)), **given)
     sys.setswitchinterval(SWITCH_SECONDS)
     if code := trio.run(_serve, settings):

@@ -49,6 +49,9 @@ class Executor(Protocol):
 
 Job = tuple[Callable[[], list[Outcome]], Callable[["outcome.Outcome[list[Outcome]]"], object]]
 
+# Tokens of a pass before there is a device to say how many fit.
+DEFAULT_TOKENS = 4096
+
 
 class LocalExecutor:
     """One device, owned by one thread from its first stage to its last (CUDA state belongs to a thread).
@@ -57,29 +60,44 @@ class LocalExecutor:
         catalogue: where checkpoints lie.
         device: see ``compute.stage.Device``.
         dtype: see ``compute.stage.Device``.
-        max_tokens: tokens of one pass, and of one forward of the sampler.
+        max_tokens: see ``compute.stage.Device``.
         invariant: see ``compute.stage.Device``.
+        checkpoint_activations: see ``compute.stage.Device``.
+        adapter_memory: see ``compute.stage.Device``.
     """
 
     def __init__(
-        self, catalogue: Catalogue, device: str | None, dtype: str | None, max_tokens: int, *, invariant: bool = False
+        self,
+        catalogue: Catalogue,
+        device: str | None,
+        dtype: str | None,
+        max_tokens: int | None,
+        *,
+        invariant: bool = False,
+        checkpoint_activations: bool = False,
+        adapter_memory: int | None = None,
     ) -> None:
         self._settings = (catalogue, device, dtype, max_tokens)
-        self._invariant = invariant
-        self._max_tokens = max_tokens
+        self._options: dict[str, Any] = {
+            "invariant": invariant,
+            "checkpoint_activations": checkpoint_activations,
+            "adapter_memory": adapter_memory,
+        }
+        self._first_tokens = DEFAULT_TOKENS if max_tokens is None else max_tokens
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._device: Any = None
         self._nudged = False
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens that one pass may hold now: it changes as models are loaded and memory runs out. Room: any thread."""
+        device = self._device
+        return self._first_tokens if device is None else int(device.max_tokens)
+
+    @property
     def sampling(self) -> bool:
         """Whether admitted samples are unfinished."""
         return self._device is not None and bool(self._device.sampling)
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens that a pass may hold."""
-        return self._max_tokens
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -117,7 +135,7 @@ class LocalExecutor:
         if self._device is None:
             from tickwork.compute.stage import Device  # noqa: PLC0415  torch is imported when first needed
 
-            self._device = Device(*self._settings, invariant=self._invariant)
+            self._device = Device(*self._settings, **self._options)
         outcomes: list[Outcome] = self._device.run(stage, cycle, lambda: self._nudged)
         return outcomes
 

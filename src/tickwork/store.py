@@ -63,11 +63,10 @@ class Saved:
         if with_optimizer and self.meta.kind != "weights":
             raise CheckpointError(f"{self.meta.path} holds no optimizer state: save_state checkpoints do")
         _copy(self.tensors, state.adapter.named())
-        state.grad.zero_()
-        state.requests, state.steps, state.exp_avg, state.exp_avg_sq = 0, 0, None, None
+        state.reset()
         if with_optimizer and self.moments:
             state.steps = self.meta.steps
-            state.exp_avg, state.exp_avg_sq = torch.zeros_like(state.grad), torch.zeros_like(state.grad)
+            state.exp_avg, state.exp_avg_sq = (torch.zeros_like(state.adapter.arena) for _ in range(2))
             for part, arena in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
                 named = state.adapter.named(arena)
                 _copy({name: self.moments[f"{part}.{name}"] for name in named}, named)

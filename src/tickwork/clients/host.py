@@ -24,8 +24,6 @@ from tickwork.futures import Future, must_run
 
 Build = Callable[[], Request]
 
-MAX_TOKENS_PER_PASS = 4096
-
 
 class Host:
     """One engine, started when first needed, in a thread of its own unless a portal is given.
@@ -141,6 +139,8 @@ def make_engine(
     *,
     merge: bool = True,
     invariant: bool = False,
+    checkpoint_activations: bool = False,
+    adapter_memory: int | None = None,
 ) -> Engine:
     """Build an engine with a local executor; arguments as for ``ServiceClient``.
 
@@ -153,12 +153,21 @@ def make_engine(
         raise InvalidRequestError(f"{device!r}; 'cpu', 'cuda' or 'cuda:N'", field="device")
     if not is_finite(cycle_period) or cycle_period < 0:
         raise InvalidRequestError(f"{cycle_period!r}; seconds, at least 0", field="cycle_period")
-    for name, value in (("merge", merge), ("invariant", invariant)):
-        if not isinstance(value, bool):
-            raise InvalidRequestError(f"{value!r}; True or False", field=name)
-    tokens = MAX_TOKENS_PER_PASS if max_tokens is None else max_tokens
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise InvalidRequestError(f"{max_tokens!r}; a whole number, at least 1", field="max_tokens_per_pass")
-    executor = LocalExecutor(catalogue, device, dtype, tokens, invariant=invariant)
+    switches = {"merge": merge, "invariant": invariant, "checkpoint_activations": checkpoint_activations}
+    for field, switch in switches.items():
+        if not isinstance(switch, bool):
+            raise InvalidRequestError(f"{switch!r}; True or False", field=field)
+    for field, value in (("max_tokens_per_pass", max_tokens), ("adapter_memory", adapter_memory)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InvalidRequestError(f"{value!r}; a whole number, at least 1", field=field)
+    executor = LocalExecutor(
+        catalogue,
+        device,
+        dtype,
+        max_tokens,
+        invariant=invariant,
+        checkpoint_activations=checkpoint_activations,
+        adapter_memory=adapter_memory,
+    )
     merge = merge and not invariant
     return Engine(executor, cycle_period=cycle_period, max_tokens_per_pass=max_tokens, merge=merge)

@@ -22,6 +22,8 @@ async def open_service(
     max_tokens_per_pass: int | None = None,
     merge: bool = True,
     invariant: bool = False,
+    checkpoint_activations: bool = False,
+    adapter_memory: int | None = None,
 ) -> AsyncIterator[ServiceClient]:
     """Run a service in a nursery of the calling Trio task; arguments as for ``ServiceClient``.
 
@@ -37,6 +39,8 @@ async def open_service(
         max_tokens_per_pass=max_tokens_per_pass,
         merge=merge,
         invariant=invariant,
+        checkpoint_activations=checkpoint_activations,
+        adapter_memory=adapter_memory,
     )
     async with hosted(service.host):
         yield service

@@ -40,11 +40,16 @@ class ServiceClient:
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None takes CUDA where there is one.
         dtype: of base models: ``"float32"`` or ``"bfloat16"``; None means float32 on CPU, bfloat16 on CUDA.
         cycle_period: seconds that a window of arrivals stays open for other clients to join a cycle.
-        max_tokens_per_pass: tokens that go through the model at once; None means 4096.
+        max_tokens_per_pass: tokens that go through the model at once; None measures how many fit into half of the
+            memory that is free, up to 4096 on CPU and 65536 on CUDA.
         merge: whether rows of several training clients may share a pass. Without, passes take turns and each holds
             one client's rows, cut as if it were alone; for measuring what sharing gains.
         invariant: a client's results are bit-equal whoever else is served, as long as no pass runs out of memory.
             Passes are then never merged, whatever ``merge`` says, which only allows it: it costs what merging gains.
+        checkpoint_activations: whether each layer is run again in the backward instead of keeping what it computes:
+            several times as many tokens fit into a pass, which takes a third to a half longer.
+        adapter_memory: bytes that adapters, their gradients and moments may take of the device; those unused for
+            longest wait in host memory. None means a quarter of the device on CUDA, and no bound on CPU.
 
     Room: any thread, asyncio loop or Trio run. Leaving ``with`` or ``async with`` normally drains what was
     accepted and joins; leaving by an exception lets the current job end, fails the rest and joins.
@@ -61,10 +66,21 @@ class ServiceClient:
         max_tokens_per_pass: int | None = None,
         merge: bool = True,
         invariant: bool = False,
+        checkpoint_activations: bool = False,
+        adapter_memory: int | None = None,
     ) -> None:
         catalogue = Catalogue(store)
-        tokens = max_tokens_per_pass
-        engine = make_engine(catalogue, device, dtype, cycle_period, tokens, merge=merge, invariant=invariant)
+        engine = make_engine(
+            catalogue,
+            device,
+            dtype,
+            cycle_period,
+            max_tokens_per_pass,
+            merge=merge,
+            invariant=invariant,
+            checkpoint_activations=checkpoint_activations,
+            adapter_memory=adapter_memory,
+        )
         self.host = Host(engine, catalogue, user_metadata)
 
     def create_lora_training_client(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,10 +65,11 @@ class Adapter:
         self.scale = ALPHA / config.rank
         self.shapes = {path: shape for path, shape in shapes.items() if wanted(path, config)}
         sizes = [config.rank * (d_in + d_out) for d_in, d_out in self.shapes.values()]
-        self._view(torch.zeros(sum(sizes), dtype=torch.float32, device=device))
+        self.place(torch.zeros(sum(sizes), dtype=torch.float32, device=device))
         self._initialise()
 
-    def _view(self, arena: torch.Tensor) -> None:
+    def place(self, arena: torch.Tensor) -> None:
+        """Let the parameters be those of this arena, laid out as the one before."""
         self.arena = arena
         self.tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         # Offset, rows and columns of ``a`` and ``b`` of each projection.
@@ -93,8 +94,17 @@ class Adapter:
         """Return a copy that later training does not touch."""
         copy = object.__new__(Adapter)
         copy.config, copy.seed, copy.scale, copy.shapes = self.config, self.seed, self.scale, self.shapes
-        copy._view(self.arena.clone())
+        copy.place(self.arena.clone())
         return copy
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.arena.nbytes
+
+    def move(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Lie in a copy of the arena from now on; where making it fails, nothing has changed."""
+        self.place(copy(self.arena))
 
     @property
     def head(self) -> Lora | None:

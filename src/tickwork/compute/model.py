@@ -9,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tickwork.compute.attention import register
+from tickwork.compute.budget import DEFAULT, Budget
 from tickwork.compute.cache import KVPool
 from tickwork.compute.lora import Adapter, install
+from tickwork.compute.recompute import Recompute
 from tickwork.compute.rows import Packed, Row, pack
 from tickwork.errors import ModelLoadError
 from tickwork.models import locate
@@ -29,6 +31,9 @@ class BaseModel:
         name: ``tickwork/tiny``, a local path or a hub name.
         device: where it runs.
         dtype: dtype of its weights.
+        checkpoint_activations: whether its layers are run again in the backward instead of keeping what it needs.
+
+    ``budget`` says how many tokens go through it at once; its owner may put another in its place.
 
     Raises:
         ModelLoadError: unknown, unreadable, or its packed forward differs from its plain one.
@@ -36,8 +41,11 @@ class BaseModel:
     Room: the device thread.
     """
 
-    def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, device: torch.device, dtype: torch.dtype, *, checkpoint_activations: bool = False
+    ) -> None:
         self.name, self.device, self.dtype = name, device, dtype
+        self.budget = Budget(DEFAULT)
         self._current: dict[str, Packed] = {}
         model = _load(name, dtype).to(device).eval().requires_grad_(False)
         config = model.config.get_text_config()
@@ -50,6 +58,7 @@ class BaseModel:
         self.shapes = install(model, self._current)
         model.set_attn_implementation(register())
         self._body = model.base_model
+        self.recompute = Recompute(self._body, self._current) if checkpoint_activations else None
         self._check(expected)
 
     def info(self, model_id: str, adapter: Adapter) -> GetInfoResponse:
@@ -71,6 +80,10 @@ class BaseModel:
         finally:
             del self._current["packed"]
         return states.squeeze(0)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Its weights and buffers, which every pass reads and none changes."""
+        return [*self._body.parameters(), *self._body.buffers(), self.head.weight]
 
     def _probe(self) -> list[torch.Tensor]:
         """Two short rows of different tokens and lengths."""

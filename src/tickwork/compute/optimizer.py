@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,18 +14,52 @@ from tickwork_kernels import AdamWSettings, AdamWState, adamw_steps
 class Trainable:
     """The state that training changes; its tensors are flat arenas laid out as the adapter's.
 
-    ``grad`` is the sum of the gradients since the last step. The moments take memory from the first step on.
+    ``grad`` is the sum of the gradients since the last step. It takes memory once it is asked for, the moments from
+    the first step on.
 
     Room: the device thread.
     """
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
-        self.grad = torch.zeros_like(adapter.arena)
+        self._grad: torch.Tensor | None = None
         self.requests = 0
         self.steps = 0
         self.exp_avg: torch.Tensor | None = None
         self.exp_avg_sq: torch.Tensor | None = None
+
+    @property
+    def grad(self) -> torch.Tensor:
+        """The accumulated gradient."""
+        self.hold_grad()
+        assert self._grad is not None
+        return self._grad
+
+    def hold_grad(self) -> None:
+        """Take the memory of the gradient, so that adding to it takes none."""
+        if self._grad is None:
+            self._grad = torch.zeros_like(self.adapter.arena)
+
+    def reset(self) -> None:
+        """Forget the gradient, the moments and the number of steps."""
+        self.requests, self.steps = 0, 0
+        self._grad = self.exp_avg = self.exp_avg_sq = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.adapter.nbytes + sum(t.nbytes for t in self._extras() if t is not None)
+
+    def move(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Lie in copies from now on, all but a gradient of zeros; where making one fails, nothing has changed."""
+        grad, *moments = self._extras()
+        kept = [None if grad is None or not bool(grad.any()) else grad, *moments]
+        copies = [None if tensor is None else copy(tensor) for tensor in kept]
+        self.adapter.move(copy)
+        self._grad, self.exp_avg, self.exp_avg_sq = copies
+
+    def _extras(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        return self._grad, self.exp_avg, self.exp_avg_sq
 
     def accumulate(self, grad: torch.Tensor) -> None:
         """Add a gradient ``[P]``, laid out as the arena."""

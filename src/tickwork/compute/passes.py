@@ -38,7 +38,9 @@ def run_pass(base: BaseModel, work: Work) -> None:
         if not halves:
             work[0][0].fail(_too_large(*work[0]))
     else:
+        base.budget.passed()
         return
+    base.budget.failed(sum(piece.tokens for _, piece in work))
     # Outside the handler: the traceback would keep the failed pass's tensors alive.
     if base.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -9,20 +9,20 @@ import attrs
 import torch
 
 from tickwork.catalogue import Catalogue
+from tickwork.compute.bases import Bases
 from tickwork.compute.failure import failure
 from tickwork.compute.graph import make_loss
 from tickwork.compute.lora import Adapter
 from tickwork.compute.losses import check
-from tickwork.compute.model import DTYPES, BaseModel
 from tickwork.compute.optimizer import Trainable, step_together
 from tickwork.compute.parts import Progress
 from tickwork.compute.passes import run_pass
+from tickwork.compute.residency import Residency
 from tickwork.compute.sampler import Sampler
 from tickwork.compute.weights import Shelf, TrainingModel, Weights
 from tickwork.engine.plan import Pass, Stage
 from tickwork.engine.request import Outcome, Request
-from tickwork.errors import InvalidRequestError, ModelLoadError, RequestFailedError
-from tickwork.models import locate
+from tickwork.errors import InvalidRequestError, RequestFailedError
 from tickwork.records import Meta, Run
 from tickwork.requests import CreateModel, ForwardBackward, Load, MakeLoss, OpenSampler, OptimStep, Release, Save
 from tickwork.results import (
@@ -42,29 +42,38 @@ class Device:
     Args:
         catalogue: where checkpoints lie.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` …; None takes CUDA where there is one.
-        dtype: ``"float32"`` or ``"bfloat16"`` for base models; None means float32 on CPU, bfloat16 on CUDA.
-            Adapters, gradients, moments and logits are always float32.
-        max_tokens: tokens of one forward of the sampler.
-        invariant: a client's results are bit-equal whoever else is served.
+        dtype: see ``Bases``. Adapters, gradients, moments and logits are always float32.
+        max_tokens: see ``Bases``.
+        invariant: see ``Bases``.
+        checkpoint_activations: see ``BaseModel``.
+        adapter_memory: see ``Residency``.
 
-    Room: the device thread.
+    Room: the device thread; ``max_tokens`` may be read by any.
     """
 
     def __init__(
-        self, catalogue: Catalogue, device: str | None, dtype: str | None, max_tokens: int, *, invariant: bool = False
+        self,
+        catalogue: Catalogue,
+        device: str | None,
+        dtype: str | None,
+        max_tokens: int | None,
+        *,
+        invariant: bool = False,
+        checkpoint_activations: bool = False,
+        adapter_memory: int | None = None,
     ) -> None:
         self._store = Store(catalogue)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._usable = self._device.type == "cpu" or (self._device.index or 0) < torch.cuda.device_count()
-        self._dtype = DTYPES[dtype or ("bfloat16" if self._device.type == "cuda" else "float32")]
-        self._max_tokens = max_tokens
         self._invariant = invariant
-        self._bases: dict[str, BaseModel] = {}
+        self._bases = Bases(self._device, dtype, max_tokens, invariant, checkpoint_activations)
+        self._residency = Residency(adapter_memory, self._device)
         self._models: dict[str, TrainingModel] = {}
         self._weights: dict[str, Weights] = {}
-        self._shelf = Shelf(self._base, self._model, self._store, self._device)
+        self._shelf = Shelf(self._bases.get, self._model, self._store, self._device)
         self._samplers: dict[str, Sampler] = {}
         self._progress: dict[Request, Progress | None] = {}
+        # What unfinished samples draw from, which stays where it is until they are done.
+        self._drawn_from: dict[Request, Adapter | None] = {}
         self._lost: dict[str, RequestFailedError] = {}
         self._steps: dict[type, Callable[..., object]] = {
             CreateModel: self._create,
@@ -79,6 +88,16 @@ class Device:
     def sampling(self) -> bool:
         """Whether any sampler has unfinished requests."""
         return any(sampler.busy for sampler in self._samplers.values())
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that one pass may hold now."""
+        return self._bases.max_tokens
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of adapters, gradients and moments that lie on the device."""
+        return self._residency.nbytes
 
     def run(self, stage: Stage, cycle: int, nudged: Callable[[], bool]) -> list[Outcome]:
         """Run one stage.
@@ -98,6 +117,9 @@ class Device:
         outcomes += self._run_steps(stage.steps)
         if stage.decode:
             outcomes += self._decode(stage.decode, nudged)
+        for outcome in outcomes:
+            self._drawn_from.pop(outcome.request, None)
+        self._residency.settle(self._drawn_from.values())
         return outcomes
 
     def _decode(self, seconds: float, nudged: Callable[[], bool]) -> list[Outcome]:
@@ -110,6 +132,8 @@ class Device:
             if piece.request not in self._progress:
                 outcomes += self._begin(piece.request, several=not piece.last)
         work = [(progress, piece) for piece in item.pieces if (progress := self._progress[piece.request]) is not None]
+        for progress in (progress for progress, _ in work if progress.error is None):
+            self._hold(progress)
         for base in dict.fromkeys(progress.base for progress, _ in work):
             run_pass(base, [(progress, piece) for progress, piece in work if progress.base is base])
         for piece in item.pieces:
@@ -128,6 +152,15 @@ class Device:
             return [Outcome(request, error=failure(error))]
         self._progress[request] = Progress(request, model.base, model.state, several)
         return []
+
+    def _hold(self, progress: Progress) -> None:
+        """Have what a request adds to on the device: between its passes it may have moved."""
+        try:
+            self._residency.use(progress.model)
+            if progress.payload.backward:
+                progress.model.hold_grad()
+        except Exception as error:
+            progress.fail(failure(error))
 
     def _run_steps(self, steps: Sequence[Request]) -> list[Outcome]:
         """Run steps, each of another lane; all optimizers of the stage in one call."""
@@ -152,16 +185,9 @@ class Device:
     def _step(self, request: Request) -> object:
         return self._steps[type(request.payload)](request.payload)
 
-    def _base(self, name: str) -> BaseModel:
-        if not self._usable:
-            raise ModelLoadError(f"device {self._device} is not there; torch sees {torch.cuda.device_count()} of CUDA")
-        locate(name)  # refuses what is no name, which could not even be looked up
-        if name not in self._bases:
-            self._bases[name] = BaseModel(name, self._device, self._dtype)
-        return self._bases[name]
-
     def _model(self, model_id: str) -> TrainingModel:
         if model_id in self._models:
+            self._residency.use(self._models[model_id].state)
             return self._models[model_id]
         if model_id in self._lost:
             raise self._lost[model_id]
@@ -185,7 +211,7 @@ class Device:
             )
         if isinstance(lora.rank, bool) or not isinstance(lora.rank, int) or lora.rank < 1:
             raise InvalidRequestError(f"{lora.rank!r}; an integer >= 1 is needed", field="rank")
-        base = self._base(name)
+        base = self._bases.get(name)
         adapter = Adapter(base.shapes, lora, seed, self._device)
         if not adapter.shapes:
             raise InvalidRequestError("nothing to train: all of train_attn, train_mlp, train_unembed are off")
@@ -196,6 +222,7 @@ class Device:
         run = attrs.evolve(run, owner=ask.owner, session_id=ask.session_id, project_id=ask.project_id)
         self._store.catalogue.open_run(run)
         self._models[ask.model_id] = TrainingModel(base, state)
+        self._residency.use(state)
         return base.info(ask.model_id, adapter)
 
     def _save(self, ask: Save) -> SaveWeightsResponse | SaveWeightsExternalResponse:
@@ -223,7 +250,8 @@ class Device:
 
     def _open_sampler(self, ask: OpenSampler) -> None:
         try:
-            self._weights[ask.key] = self._shelf.open(ask)
+            self._weights[ask.key] = weights = self._shelf.open(ask)
+            self._residency.use(weights.adapter)
         except Exception as error:
             self._lost[ask.key] = failure(error)
             raise
@@ -239,8 +267,11 @@ class Device:
         weights = self._weights[key]
         name = weights.base.name
         if name not in self._samplers:
-            self._samplers[name] = Sampler(weights.base, self._max_tokens, invariant=self._invariant)
+            budget = weights.base.budget.tokens
+            self._samplers[name] = Sampler(weights.base, budget, invariant=self._invariant)
+        self._residency.use(weights.adapter)
         self._samplers[name].admit(request, weights.adapter)
+        self._drawn_from[request] = weights.adapter
 
 
 def _outcome(request: Request, act: Callable[[Request], object]) -> Outcome:

@@ -13,7 +13,7 @@ import attrs
 import trio
 
 import tickwork
-from tickwork.engine.engine import EngineStatistics, LaneStatistics
+from tickwork.engine.statistics import EngineStatistics, LaneStatistics
 from tickwork.recipes.examples import MODEL, decayed, greedy_texts, supervised_datum, weight
 from tickwork.recipes.tasks import new_examples
 

@@ -66,6 +66,8 @@ def _engine(catalogue: Catalogue, settings: Settings) -> Engine:
         settings.max_tokens_per_pass,
         merge=settings.merge,
         invariant=settings.invariant,
+        checkpoint_activations=settings.checkpoint_activations,
+        adapter_memory=settings.adapter_memory,
     )
 
 

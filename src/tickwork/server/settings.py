@@ -59,6 +59,8 @@ class Settings:
         max_tokens_per_pass: see ``ServiceClient``.
         merge: see ``ServiceClient``.
         invariant: see ``ServiceClient``.
+        checkpoint_activations: see ``ServiceClient``.
+        adapter_memory: see ``ServiceClient``.
         max_models: training models that one key may hold at once.
         max_samplers: samplers of one key whose weights are held at once; the one unused for longest goes first.
         max_tokens_in_flight: tokens of one key accepted and not answered, those to be drawn included.
@@ -88,6 +90,8 @@ class Settings:
     max_tokens_per_pass: int | None = None
     merge: bool = True
     invariant: bool = False
+    checkpoint_activations: bool = False
+    adapter_memory: int | None = None
     max_models: int = attrs.field(default=64, validator=_at_least(1))
     max_samplers: int = attrs.field(default=64, validator=_at_least(1))
     max_tokens_in_flight: int = attrs.field(default=2**24, validator=_at_least(1))
