@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 import tickwork
 from models import CPU, Bench, base, data_of, sample, step, stir, train
+from planning import plan
 from tickwork import cli_server
 from tickwork.compute.lora import Adapter
 from tickwork.compute.optimizer import Trainable
 from tickwork.compute.residency import Residency
-from tickwork.engine.plan import Stage, plan
+from tickwork.engine.plan import Stage
 from tickwork.errors import CapacityError
 from tickwork.requests import CreateModel, Load, OpenSampler, OptimStep, Release, Save
 from tickwork.server import serve
@@ -58,7 +59,7 @@ def drawn(answer: Any) -> list[Any]:
 
 def plan_stages(request: Any, max_tokens: int) -> list[Stage]:
     """Plan a request and return its stages of one pass each, as the engine runs them."""
-    return [job for stage in plan([request], max_tokens) for job in stage.jobs()]
+    return plan([request], max_tokens)
 
 
 def alternate(bench: Bench, bound: int | None) -> list[Any]:
@@ -402,4 +403,5 @@ def test_a_server_hands_them_on_as_well(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(cli_server, "_serve", lambda settings: serve.run(settings, trio.sleep_forever))
     arguments = ["--model", "tickwork/tiny", "--store", str(tmp_path), "--port", "0", "--checkpoint-activations"]
     CliRunner().invoke(cli_server.serve, [*arguments, "--adapter-memory-mib", "3"])
-    assert vars(engines[0])["_executor"]._options == {"checkpoint_activations": True, "adapter_memory": 3 * 2**20}
+    options = vars(engines[0])["_executor"]._options
+    assert (options["checkpoint_activations"], options["adapter_memory"]) == (True, 3 * 2**20)

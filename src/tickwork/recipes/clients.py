@@ -160,7 +160,8 @@ class Progress:
     def lane(self, learner: Learner) -> LaneStatistics:
         """Return what a learner's lane has had of this phase."""
         name = learner.client.model_id
-        now, begun = self.now.lanes[name], self.begun.lanes[name]
+        nothing = LaneStatistics(0, 0)  # before its first pass a lane has no record
+        now, begun = (figures.lanes.get(name, nothing) for figures in (self.now, self.begun))
         return LaneStatistics(
             cycles=now.cycles - begun.cycles,
             missed=now.missed - begun.missed,
