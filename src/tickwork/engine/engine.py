@@ -13,6 +13,7 @@ from tickwork.engine.plan import Planner, Stage
 from tickwork.engine.portal import Portal
 from tickwork.engine.queue import Queue
 from tickwork.engine.request import Outcome, Request
+from tickwork.engine.returns import Returns
 from tickwork.engine.statistics import Counters, EngineStatistics
 from tickwork.errors import ClosedError, EngineStoppedError, InvalidRequestError, RequestFailedError
 from tickwork.executor import Executor
@@ -63,6 +64,7 @@ class Engine:
         self._planner = Planner(merge=merge)
         self._live: set[Request] = set()
         self._count = Counters()
+        self._returns = Returns()
         self._portal: Portal | None = None
         self._nursery: trio.Nursery | None = None
         self._now: Callable[[], float] = lambda: 0.0
@@ -145,6 +147,7 @@ class Engine:
         while True:
             if not self._executor.sampling and not self._planner:
                 await self._clock.wait(self._queue)
+                await self._wait_for_company()
             self._close_window()
             stage = self._planner.next(self._bound())
             spent = 0.0 if stage is None else await self._run(stage)
@@ -152,6 +155,14 @@ class Engine:
                 await self._decode(max(DECODE_SLICE, spent))
             elif self._queue.closed and not self._queue.pending and not self._planner:
                 return
+
+    async def _wait_for_company(self) -> None:
+        """Without a period, give clients who are about to come back the moment that they need to share the pass."""
+        while not self._clock.period and not self._queue.closed and self._queue.tokens < self._bound():
+            if (until := self._returns.until(self._now())) <= self._now():
+                return
+            with trio.move_on_at(until):
+                await self._queue.change()
 
     def _close_window(self) -> None:
         """Let in what waits, if it is time: a cycle begins."""
@@ -185,6 +196,7 @@ class Engine:
             return True
         if request.kind == "sample":
             self._executor.nudge()
+        self._returns.accepted(request, self._now())
         self._count.peak = max(self._count.peak, self._queued + 1)
         return False
 
@@ -194,6 +206,8 @@ class Engine:
         begun = trio.current_time()
         outcomes = await self._executor.run(stage, self._count.cycles)
         self._count.ran(stage, begun, trio.current_time())
+        if stage.passes:
+            self._returns.ran(trio.current_time() - begun)
         for outcome in outcomes:
             self._settle(outcome)
         return trio.current_time() - begun
@@ -213,6 +227,7 @@ class Engine:
     def _settle(self, outcome: Outcome) -> None:
         self._live.discard(outcome.request)
         self._count.settled(outcome.request)
+        self._returns.settled(outcome.request, self._now())
         if outcome.request.ends_lane:
             self._planner.forget(outcome.request.lane)
         if outcome.error is not None:

@@ -57,7 +57,11 @@ class Queue:
     async def wait(self, ready: Callable[[], bool]) -> None:
         """Wait until ``ready()`` is true, asking again after each change. Cancel: safe at any time."""
         while not ready():
-            await self._changed.wait()
+            await self.change()
+
+    async def change(self) -> None:
+        """Wait for the next arrival, or the end. Cancel: safe at any time."""
+        await self._changed.wait()
 
     def _wake(self) -> None:
         self._changed.set()
