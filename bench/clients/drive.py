@@ -69,15 +69,16 @@ class Figures:
 
 
 def compare(sides: Mapping[str, Side], pace: Pace) -> dict[str, Figures]:
-    """Let the sides take turns, so that all meet the same machine, after one that is not counted."""
+    """Let the sides take turns, each as often first, so that all meet the same machine; one turn is not counted."""
     turns: dict[str, list[Turn]] = {name: [] for name in sides}
     gc.collect()
     for side in sides.values():
         trio.run(_counted, side, 0.0)
-    for _ in range(pace.rounds):
-        for name, side in sides.items():
+    names = list(sides)
+    for turn in range(pace.rounds):
+        for name in names if turn % 2 == 0 else reversed(names):
             time.sleep(PAUSE)
-            turns[name].append(trio.run(_counted, side, pace.seconds))
+            turns[name].append(trio.run(_counted, sides[name], pace.seconds))
     return {name: _figures(several) for name, several in turns.items()}
 
 

@@ -35,7 +35,7 @@ def measure(case: Case, model: str, pace: Pace, invariant: bool) -> list[Row]:
 
 def _rows(case: Case, count: int, varied: bool, sides: dict[str, Side], pace: Pace) -> list[Row]:
     # One client alone is held to a hundredth, which takes more turns.
-    found = compare(sides, Pace(pace.seconds, pace.rounds * (2 if count == 1 else 1)))
+    found = compare(sides, Pace(pace.seconds, pace.rounds * (4 if count == 1 else 1)))
     lengths = case.lengths(varied)
     what = f"{ROWS} rows of {min(lengths)} to {max(lengths)}" if varied else f"{ROWS} rows of {case.length}"
     wanted = None if varied else case.wanted.get(count)
