@@ -518,6 +518,26 @@ def test_steps_of_several_models_at_once_are_those_of_each() -> None:
 
 
 @pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        (AdamParams(learning_rate=1e38), "learning_rate"),
+        (AdamParams(learning_rate=1e20, weight_decay=1e20), "weight_decay"),
+        (AdamParams(eps=1e39), "eps"),
+        (AdamParams(grad_clip_norm=1e39), "clip_norm"),
+    ],
+)
+def test_a_step_that_float32_can_not_hold_is_refused_alone(bench: Bench, params: AdamParams, field: str) -> None:
+    """A parameter too large for the step's arithmetic fails its own request; the neighbour's is applied."""
+    bench.run(train("a", data_of(LENGTHS)), train("b", data_of(LENGTHS)))
+    before = bench.model("a").state.adapter.arena.clone()
+    bad, good = bench.run(step(OptimStep("a", params), "a"), step(OptimStep("b", AdamParams()), "b"))
+    assert isinstance(bad.error, InvalidRequestError)
+    assert field in str(bad.error)
+    assert torch.equal(bench.model("a").state.adapter.arena, before)
+    assert good.value.metrics["optim/applied"] == 1.0
+
+
+@pytest.mark.parametrize(
     ("evaluate", "says"),
     [
         (lambda logp, inputs, config: logp @ logp, "RuntimeError"),

@@ -14,6 +14,10 @@ import torch
 ADAMW_BLOCK = 4096
 
 
+# Of float32, in which the parameters are stepped.
+LARGEST = torch.finfo(torch.float32).max
+
+
 @dataclass(frozen=True)
 class AdamWSettings:
     """How one adapter steps.
@@ -45,6 +49,13 @@ class AdamWSettings:
             self._demand(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._demand("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0, or None for no clipping")
         self._demand("grad_multiplier", math.isfinite(self.grad_multiplier), "finite")
+        for name in ("eps", "clip_norm", "grad_multiplier"):
+            size = abs(getattr(self, name) or 0.0)
+            self._demand(name, size <= LARGEST or math.isinf(size), "within float32")
+        factor = self.learning_rate / (1 - self.beta1**self.step)
+        self._demand("learning_rate", factor <= LARGEST, "so small that the step is within float32")
+        decay = self.learning_rate * self.weight_decay
+        self._demand("weight_decay", decay <= LARGEST, "so small that its product with the rate is within float32")
 
     def adamw(self) -> Mapping[str, Any]:
         """Return the arguments of ``adamw_step``."""

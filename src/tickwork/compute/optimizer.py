@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tickwork.compute.lora import Adapter
+from tickwork.errors import InvalidRequestError
 from tickwork.types import AdamParams
 from tickwork_kernels import AdamWSettings, AdamWState, adamw_steps
 
@@ -70,19 +71,29 @@ class Trainable:
         return step_together([(self, params)])[0]
 
     def prepare(self, params: AdamParams) -> tuple[AdamWState, AdamWSettings]:
-        """Return what the kernels step; takes the memory of the moments where there are none yet."""
+        """Return what the kernels step; takes the memory of the moments where there are none yet.
+
+        Raises:
+            InvalidRequestError: a parameter that float32 can not hold; names it.
+        """
+        settings = self._settings(params)
         if self.exp_avg is None or self.exp_avg_sq is None:
             self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.grad), torch.zeros_like(self.grad)
-        settings = AdamWSettings(
-            self.steps + 1,
-            params.learning_rate,
-            params.beta1,
-            params.beta2,
-            params.eps,
-            params.weight_decay,
-            clip_norm=params.grad_clip_norm if params.grad_clip_norm > 0 else None,
-        )
         return AdamWState(self.adapter.arena, self.grad, self.exp_avg, self.exp_avg_sq), settings
+
+    def _settings(self, params: AdamParams) -> AdamWSettings:
+        try:
+            return AdamWSettings(
+                self.steps + 1,
+                params.learning_rate,
+                params.beta1,
+                params.beta2,
+                params.eps,
+                params.weight_decay,
+                clip_norm=params.grad_clip_norm if params.grad_clip_norm > 0 else None,
+            )
+        except ValueError as error:
+            raise InvalidRequestError(str(error), field="adam_params") from None
 
 
 def step_together(asks: Sequence[tuple[Trainable, AdamParams]]) -> list[dict[str, float]]:
