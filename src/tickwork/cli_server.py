@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,15 @@ MIB = 2**20
 SWITCH_SECONDS = 5e-4
 
 
+@contextmanager
+def server_extra() -> Iterator[None]:
+    """Tell in one line that what the server needs is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is missing: pip install 'tickwork[server]'") from None
+
+
 @click.command()
 @click.option("--model", "models", multiple=True, required=True, metavar="NAME|PATH|NAME=PATH", help="A base model to serve; may be given again.")  # fmt: skip  # noqa: E501
 @click.option(
@@ -38,7 +48,7 @@ SWITCH_SECONDS = 5e-4
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; only loopback without keys."
 )
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
-@click.option("--keys", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=f"File with one API key a line, 'KEY OWNER [SHARE]'. {KEYS_VARIABLE} adds keys, separated by commas.")  # fmt: skip  # noqa: E501
+@click.option("--keys", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=f"File with one key's digest a line, 'DIGEST OWNER [SHARE]', made by `tickwork keys`. {KEYS_VARIABLE} adds keys or digests, separated by commas.")  # fmt: skip  # noqa: E501
 @click.option("--device", help="cpu, cuda or cuda:N; the default takes CUDA where there is one.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the base models.")
 @click.option("--cycle-period", default=0.0, show_default=True, help="Seconds that a window of arrivals stays open.")
@@ -63,26 +73,15 @@ def serve(
     max_body_mib: int, max_decompressed_mib: int, adapter_memory_mib: int | None, keys: Path | None, **given: Any
 ) -> None:
     """Serve base models to the official tinker SDK, its CLI and its cookbook."""
-    try:
-        from tickwork.server import Settings  # noqa: PLC0415  an extra
+    with server_extra():
+        from tickwork.server import Settings  # noqa: PLC0415
         from tickwork.server.keys import read_keys  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise click.ClickException(f"{error.name} is missing: pip install 'tickwork[server]'") from None
     given |= {"max_body": max_body_mib * MIB, "max_decompressed": max_decompressed_mib * MIB}
     given["adapter_memory"] = None if adapter_memory_mib is None else adapter_memory_mib * MIB
     settings = Settings(keys=read_keys(keys, os.environ.get(KEYS_VARIABLE)), **given)
     sys.setswitchinterval(SWITCH_SECONDS)
     if code := trio.run(_serve, settings):
         raise SystemExit(code)
-
-
-@click.command("new-key")
-@click.argument("owner", default="")
-def new_key(owner: str) -> None:
-    """Make an API key for OWNER and print the line for a key file."""
-    if len(owner.split()) > 1:
-        raise click.UsageError("OWNER is one word: what follows it in a key file is the owner's share")
-    click.echo(f"tml-{secrets.token_urlsafe(24)} {owner}".rstrip())
 
 
 async def _serve(settings: Settings) -> int:
