@@ -192,14 +192,6 @@ def test_the_focal_loss_is_what_it_says() -> None:
     assert metrics == {"datums:sum": 1.0}
 
 
-def test_a_key_is_made_for_an_owner_of_one_word() -> None:
-    """What follows the owner on a line of a key file is the owner's share."""
-    assert run("new-key", "ann").output.split()[1:] == ["ann"]
-    refused = run("new-key", "ann smith")
-    assert refused.exit_code == 2
-    assert "one word" in refused.output
-
-
 def test_serve_takes_the_switches_of_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     """``--no-merge`` and ``--invariant`` become settings; without them passes are merged."""
     seen: list[tuple[bool, bool]] = []

@@ -192,6 +192,74 @@ async def test_a_client_that_does_not_read_is_let_go(server, monkeypatch):
     await client.aclose()
 
 
+async def test_a_head_has_a_time_of_its_own(server, monkeypatch, autojump_clock):
+    """Byte by byte, each in time, is too slow all the same."""
+    client = await trio.open_tcp_stream("127.0.0.1", server[0])
+    began = trio.current_time()
+    with pytest.raises(trio.BrokenResourceError):
+        while True:
+            await client.send_all(b"GET /")
+            await trio.sleep(10)
+    assert trio.current_time() - began < 3 * http.READ_SECONDS
+    await client.aclose()
+
+
+async def test_trailers_are_not_kept_and_have_an_end(server):
+    """What comes after a body is not a header, and no client can send it for ever."""
+    head = (
+        b"POST /echo/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n3\r\nabc\r\n0\r\n"
+    )
+    assert b'"size":3' in await sent(server[0], head, b"x-checksum: 1\r\n\r\n")
+    parser = http.Parser()
+    parser.feed(head)
+    request = parser.ready[0]
+    parser.feed(b"x-checksum: 1\r\n")
+    assert all(name != b"x-checksum" for name, _ in request.headers)
+    with pytest.raises(http.httptools.HttpParserError, match="too much"):
+        for _ in range(64):
+            parser.feed(b"x" * 60 + b": " + b"y" * 4000 + b"\r\n")
+
+
+@pytest.fixture
+async def narrow(nursery):
+    """Serve two connections at once."""
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    done = trio.Event()
+    await nursery.start(http.serve_http, APP, listeners[0], done, 0.5, 2)
+    yield listeners[0].socket.getsockname()[1]
+    done.set()
+
+
+async def test_past_the_bound_the_longest_idle_connection_goes(narrow):
+    first, second = [await trio.open_tcp_stream("127.0.0.1", narrow) for _ in range(2)]
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    await first.send_all(post("/echo/", b"a"))
+    assert b'"size":1' in await first.receive_some()
+    assert b'"size":2' in await sent(narrow, post("/echo/", b"ab", "Connection: close"))
+    with trio.fail_after(5):
+        assert await second.receive_some() == b"", "it was idle for longer"
+        await first.send_all(post("/echo/", b"abc"))
+        assert b'"size":3' in await first.receive_some()
+    for client in (first, second):
+        await client.aclose()
+
+
+async def test_past_the_bound_and_none_idle_the_new_connection_is_turned_away(narrow):
+    busy = [await trio.open_tcp_stream("127.0.0.1", narrow) for _ in range(2)]
+    for client in busy:
+        await client.send_all(post("/echo/", b"hello")[:-1])
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    answer = await sent(narrow, post("/echo/", b""))
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b"retry-after: 1" in answer
+    with trio.fail_after(5):
+        for client in busy:
+            await client.send_all(b"o")
+            assert b'"size":5' in await client.receive_some()
+            await client.aclose()
+    assert b'"size":0' in await sent(narrow, post("/echo/", b"", "Connection: close"))
+
+
 async def test_the_end_closes_idle_connections_and_lets_busy_ones_answer(server):
     port, done = server
     idle, busy = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(2)]

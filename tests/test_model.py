@@ -264,3 +264,26 @@ def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ModelLoadError, match=r"lacks the weights model\.norm\.weight"):
         BaseModel(str(lame), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "weights.pt", "model.pth"])
+def test_a_folder_of_pickles_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    """Weights that may run code are not read, whatever they hold."""
+    shutil.copytree(folder("llama"), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / name)
+    with pytest.raises(ModelLoadError, match=f"pickle \\({name}\\)"):
+        BaseModel(str(tmp_path / "model"), CPU, torch.float32)
+
+
+def test_code_beside_a_model_is_not_run(tmp_path: Path) -> None:
+    """A folder whose configuration names a class of its own is refused, and its file never imported."""
+    import json
+
+    shutil.copytree(folder("llama"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ModelLoadError):
+        BaseModel(str(tmp_path / "model"), CPU, torch.float32)
+    assert not (tmp_path / "ran").exists()

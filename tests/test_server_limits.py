@@ -11,7 +11,7 @@ from tickwork.engine.engine import Engine
 from tickwork.errors import InvalidRequestError
 from tickwork.server import Settings, serve, serving
 from tickwork.server.app import ROUTES
-from tickwork.server.keys import Keys, read_keys
+from tickwork.server.keys import Keys
 
 
 @pytest.fixture(scope="module")
@@ -58,39 +58,6 @@ def test_every_route_needs_a_key(url, key):
             assert answer.headers["content-type"] == "application/json"
         if "\x7f" not in (key or ""):
             assert http.get("healthz").json() == {"status": "ok"}
-
-
-def test_keys_are_read_from_a_file_and_the_environment(tmp_path):
-    file = tmp_path / "keys"
-    file.write_text("# who may come in\ntml-key1 ann\n\ntml-key2\n")
-    keys = read_keys(file, "tml-key3")
-    assert keys.owner("tml-key1") == "ann"
-    owners = {keys.owner(key) for key in ("tml-key1", "tml-key2", "tml-key3")}
-    assert len(owners) == 3 and None not in owners and "" not in owners
-    assert keys.owner("tml-key4") is None
-    for bad in ("short", "tml-key1 ann\ntml-key1 bob"):
-        file.write_text(bad)
-        with pytest.raises(InvalidRequestError):
-            read_keys(file, None)
-
-
-def test_an_owner_has_a_share():
-    keys = Keys(["tml-key1 ann 3", "tml-key2 ann", "tml-key3 bob", "tml-key4", "tml-key5 eve  0.5 "])
-    assert [keys.owner(f"tml-key{number}") for number in (1, 2, 5)] == ["ann", "ann", "eve"]
-    assert [keys.share(owner) for owner in ("ann", "bob", "eve", "nobody")] == [3.0, 1.0, 0.5, 1.0]
-    assert Keys().share("") == 1.0
-
-
-@pytest.mark.parametrize("share", ["0", "-1", "inf", "nan", "much", "1 2"])
-def test_a_share_is_a_finite_number_above_0(share):
-    with pytest.raises(InvalidRequestError, match="entry 2"):
-        Keys(["tml-key1 bob", f"tml-key2 ann {share}"])
-
-
-def test_an_owner_has_one_share():
-    Keys(["tml-key1 ann 2", "tml-key2 ann 2.0"])
-    with pytest.raises(InvalidRequestError, match="entry 2 gives 'ann' a second"):
-        Keys(["tml-key1 ann 2", "tml-key2 ann 3"])
 
 
 def test_without_keys_only_loopback_is_served():
@@ -261,4 +228,4 @@ def test_switches_of_the_planner_are_settings(monkeypatch):
     monkeypatch.setattr(serve, "make_engine", lambda *given, **more: made.append(more) or make(*given, **more))
     with serving(Settings(models=(TINY,), port=0, merge=False, invariant=True)) as url:
         assert httpx.get(f"{url}/api/v1/healthz").status_code == 200
-    assert made == [{"merge": False, "invariant": True}]
+    assert [(each["merge"], each["invariant"]) for each in made] == [(False, True)]

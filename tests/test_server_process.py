@@ -54,17 +54,18 @@ def test_what_it_prints_works(tmp_path):
 
 def test_keys_let_in_and_keep_out(tmp_path):
     keys = tmp_path / "keys"
-    line = subprocess.run([TICKWORK, "new-key", "ann"], capture_output=True, text=True, check=True).stdout
-    keys.write_text(line)
+    made = subprocess.run([TICKWORK, "keys", "new", "ann"], capture_output=True, text=True, check=True)
+    key = made.stderr.split()[0]
+    keys.write_text(made.stdout)
     with serve(tmp_path / "store", "--keys", str(keys), env={"TICKWORK_API_KEYS": "tml-from-env bob"}) as (
         process,
         url,
     ):
         assert "No API keys" not in "".join(process.told)
-        assert line.split()[0] not in "".join(process.told)
+        assert key not in "".join(process.told)
         statuses = [
             httpx.get(f"{url}/api/v1/training_runs", headers={"X-API-Key": key}).status_code
-            for key in (line.split()[0], "tml-from-env", "tml-other")
+            for key in (key, "tml-from-env", "tml-other")
         ]
         assert statuses == [200, 200, 401]
 

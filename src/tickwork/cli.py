@@ -21,7 +21,8 @@ import tickwork
 from tickwork.catalogue import Catalogue
 from tickwork.cli_clients import demo_clients
 from tickwork.cli_conformance import conformance
-from tickwork.cli_server import new_key, serve
+from tickwork.cli_keys import keys
+from tickwork.cli_server import serve
 from tickwork.models import supported
 from tickwork.results import as_json
 
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 main.add_command(serve)
-main.add_command(new_key)
+main.add_command(keys)
 main.add_command(conformance)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import secrets
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import trio
@@ -19,9 +21,20 @@ KEYS_VARIABLE = "TICKWORK_API_KEYS"
 # Any key is taken by an open server, but the SDK insists on one of this form.
 ANY_KEY = "tml-local"
 
+told = logging.getLogger("tickwork.server")
+
 MIB = 2**20
 # Seconds that the device thread may keep the interpreter once the server wants it; Python's own 5 ms would show.
 SWITCH_SECONDS = 5e-4
+
+
+@contextmanager
+def server_extra() -> Iterator[None]:
+    """Tell in one line that what the server needs is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is missing: pip install 'tickwork[server]'") from None
 
 
 @click.command()
@@ -38,7 +51,7 @@ SWITCH_SECONDS = 5e-4
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; only loopback without keys."
 )
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
-@click.option("--keys", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=f"File with one API key a line, 'KEY OWNER [SHARE]'. {KEYS_VARIABLE} adds keys, separated by commas.")  # fmt: skip  # noqa: E501
+@click.option("--keys", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=f"File with one key's digest a line, 'DIGEST OWNER [SHARE]', made by `tickwork keys`. {KEYS_VARIABLE} adds keys or digests, separated by commas.")  # fmt: skip  # noqa: E501
 @click.option("--device", help="cpu, cuda or cuda:N; the default takes CUDA where there is one.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the base models.")
 @click.option("--cycle-period", default=0.0, show_default=True, help="Seconds that a window of arrivals stays open.")
@@ -49,40 +62,43 @@ SWITCH_SECONDS = 5e-4
 @click.option("--adapter-memory-mib", type=click.IntRange(1), help="What adapters may take of the device; others wait in host memory.")  # fmt: skip  # noqa: E501
 @click.option("--max-models", default=64, show_default=True, help="Training models that one key may hold.")
 @click.option("--max-samplers", default=64, show_default=True, help="Samplers whose weights are held for one key.")
-@click.option(
-    "--max-tokens-in-flight", default=2**24, show_default=True, help="Tokens of one key that are not answered."
-)
+@click.option("--max-sessions", default=4096, show_default=True, help="Sessions of one key.")
+@click.option("--max-tokens-in-flight", default=2**24, show_default=True, help="Tokens of one key that are accepted and not fetched.")  # fmt: skip  # noqa: E501
+@click.option("--max-results", default=2**16, show_default=True, help="Requests of one key that are accepted and not fetched.")  # fmt: skip  # noqa: E501
+@click.option("--max-requests", default=2048, show_default=True, help="HTTP requests of one key under way at once, held polls included.")  # fmt: skip  # noqa: E501
+@click.option("--max-connections", default=4096, show_default=True, help="Connections at once; idle ones make room for new ones.")  # fmt: skip  # noqa: E501
 @click.option("--max-body-mib", default=64, show_default=True, type=click.IntRange(1), help="Size of one request.")
 @click.option("--max-decompressed-mib", default=256, show_default=True, type=click.IntRange(1), help="Size of one request, decompressed.")  # fmt: skip  # noqa: E501
-@click.option("--chunk-datums", default=100_000, show_default=True, help="Datums that clients put into one request.")
+@click.option("--max-bodies-mib", default=1024, show_default=True, type=click.IntRange(1), help="Size of all requests that are being read and answered.")  # fmt: skip  # noqa: E501
+@click.option("--chunk-datums", default=100_000, show_default=True, help="Datums that clients put into one request; more are refused.")  # fmt: skip  # noqa: E501
 @click.option("--gap-seconds", default=60.0, show_default=True, help="How long requests wait for an earlier one of their model.")  # fmt: skip  # noqa: E501
 @click.option(
     "--session-seconds", default=3600.0, show_default=True, help="When a session without a sign of life ends."
 )
+@click.option("--result-seconds", default=3600.0, show_default=True, help="How long a result that nobody fetches is kept.")  # fmt: skip  # noqa: E501
+@click.option("--log", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of what is logged to standard error.")  # fmt: skip  # noqa: E501
 def serve(
-    max_body_mib: int, max_decompressed_mib: int, adapter_memory_mib: int | None, keys: Path | None, **given: Any
+    max_body_mib: int,
+    max_decompressed_mib: int,
+    max_bodies_mib: int,
+    adapter_memory_mib: int | None,
+    keys: Path | None,
+    log: Literal["text", "json"],
+    **given: Any,
 ) -> None:
     """Serve base models to the official tinker SDK, its CLI and its cookbook."""
-    try:
-        from tickwork.server import Settings  # noqa: PLC0415  an extra
+    with server_extra():
+        from tickwork.server import Settings  # noqa: PLC0415
         from tickwork.server.keys import read_keys  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise click.ClickException(f"{error.name} is missing: pip install 'tickwork[server]'") from None
+        from tickwork.server.logs import configure  # noqa: PLC0415
     given |= {"max_body": max_body_mib * MIB, "max_decompressed": max_decompressed_mib * MIB}
+    given["max_bodies"] = max_bodies_mib * MIB
     given["adapter_memory"] = None if adapter_memory_mib is None else adapter_memory_mib * MIB
     settings = Settings(keys=read_keys(keys, os.environ.get(KEYS_VARIABLE)), **given)
+    configure(log)
     sys.setswitchinterval(SWITCH_SECONDS)
     if code := trio.run(_serve, settings):
         raise SystemExit(code)
-
-
-@click.command("new-key")
-@click.argument("owner", default="")
-def new_key(owner: str) -> None:
-    """Make an API key for OWNER and print the line for a key file."""
-    if len(owner.split()) > 1:
-        raise click.UsageError("OWNER is one word: what follows it in a key file is the owner's share")
-    click.echo(f"tml-{secrets.token_urlsafe(24)} {owner}".rstrip())
 
 
 async def _serve(settings: Settings) -> int:
@@ -99,7 +115,7 @@ async def _serve(settings: Settings) -> int:
 async def _run(settings: Settings, asked: trio.Event) -> None:
     from tickwork.server import run  # noqa: PLC0415
 
-    click.echo(f"loading {', '.join(settings.models)} …", err=True)
+    told.info("loading %s", ", ".join(settings.models))
     async with trio.open_nursery() as nursery:
         _tell(settings, await nursery.start(run, settings, asked.wait))
 
@@ -109,10 +125,10 @@ async def _watch(scope: trio.CancelScope, asked: trio.Event, seen: list[int]) ->
         async for number in signals:
             seen.append(number)
             if asked.is_set():
-                click.echo("ending at once", err=True)
+                told.warning("ending at once")
                 scope.cancel("a second signal came")
                 return
-            click.echo("finishing what was accepted; a second signal ends it at once", err=True)
+            told.info("finishing what was accepted; a second signal ends it at once")
             asked.set()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,10 +122,16 @@ def _load(name: str, dtype: torch.dtype) -> Any:
     place = locate(name)
     if place.startswith(("/", "./", "../", "~")) and not os.path.isdir(place):
         raise ModelLoadError(f"base_model {name!r}: there is no such folder")
+    _refuse_pickles(name, Path(place))
     try:
         # Eager, because that is the definition: transformers' sdpa leaves out Gemma 2's softcap.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, attn_implementation="eager", output_loading_info=True
+            place,
+            dtype=dtype,
+            attn_implementation="eager",
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError, safetensors' and hub errors for what is one case here.
@@ -140,6 +147,16 @@ def _load(name: str, dtype: torch.dtype) -> Any:
     if any(getattr(model.config.get_text_config(), key, None) for key in ("num_experts", "num_local_experts")):
         raise ModelLoadError(f"base_model {name!r} is a mixture of experts, which is not supported")
     return model
+
+
+def _refuse_pickles(name: str, folder: Path) -> None:
+    """Refuse a folder whose weights are a pickle alone: reading one may run what it says."""
+    pickles = [*folder.glob("pytorch_model*"), *folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ModelLoadError(
+            f"base_model {name!r} holds its weights as pickle ({pickles[0].name}), which may run code when it is read: "
+            "have them as safetensors, as save_pretrained writes them"
+        )
 
 
 def _head(model: Any, config: Any) -> Head:

@@ -47,7 +47,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer  # noqa: PLC0415  transformers imports torch
 
     try:
-        return AutoTokenizer.from_pretrained(locate(name))
+        return AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"no tokenizer for base_model {name!r}: {_first_line(error)}") from error
 

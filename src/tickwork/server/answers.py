@@ -35,8 +35,12 @@ def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
     return Response(orjson.dumps(as_json(value)), status, headers, "application/json")
 
 
-def refusal(error: Exception) -> Response:
-    """Answer for an error: its own status where it has one, 500 without a word about the inside otherwise."""
+def refusal(error: Exception, error_id: str = "") -> Response:
+    """Answer for an error: its own status where it has one, 500 without a word about the inside otherwise.
+
+    Args:
+        error_id: what the log calls it, told with a 500.
+    """
     if isinstance(error, HttpError):
         return reply({"detail": error.detail}, error.status, error.headers)
     if isinstance(error, CheckpointError):
@@ -46,7 +50,7 @@ def refusal(error: Exception) -> Response:
     if isinstance(error, ClosedError):
         return stopping()
     what = str(error) if isinstance(error, TickworkError) else "an error inside the server; its log says more"
-    return reply({"detail": what, "category": "server"}, 500)
+    return reply({"detail": what, "category": "server", "error_id": error_id}, 500)
 
 
 def stopping() -> Response:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import secrets
 from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
@@ -21,10 +23,17 @@ from tickwork.server import routes_session as session
 from tickwork.server import routes_training as training
 from tickwork.server.answers import HttpError, refusal
 from tickwork.server.drain import drained
+from tickwork.server.metrics import metrics
 from tickwork.server.numbered import Act
 from tickwork.server.server import Server
 
 log = logging.getLogger("tickwork.server")
+
+# What a client on this machine calls a server that listens on loopback.
+THIS_MACHINE = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+
+Endpoint = Callable[[HttpRequest], Awaitable[Response]]
+Open = Callable[[Server, HttpRequest], Awaitable[Response]]
 
 CHECKPOINT = "training_runs/{run_id}/checkpoints/{kind}/{name}"
 
@@ -83,46 +92,80 @@ ROUTES: tuple[tuple[str, str, Act], ...] = (
     ("PUT", f"{CHECKPOINT}/ttl", catalogue.set_ttl),
 )
 
+# These need no key; a download's link is one.
+OPEN_ROUTES: tuple[tuple[str, Open], ...] = (
+    ("api/v1/healthz", session.healthz),
+    ("api/v1/downloads/{until:int}/{signature}/{run_id}/{name}/{file}", catalogue.download),
+)
+
 
 def make_app(server: Server) -> ASGIApp:
     """Return the application of a server."""
-    routes = [Route(f"/api/v1/{path}", _endpoint(server, act), methods=[method]) for method, path, act in ROUTES]
-    routes.append(Route("/api/v1/healthz", _open(server, session.healthz)))
-    download = "/api/v1/downloads/{until:int}/{signature}/{run_id}/{name}/{file}"
-    routes.append(Route(download, _open(server, catalogue.download)))
-    return drained(Starlette(routes=routes, exception_handlers={HTTPException: _not_found}))
+    routes = [Route(f"/api/v1/{path}", _endpoint(server, path, act), methods=[method]) for method, path, act in ROUTES]
+    routes += [Route(f"/{path}", _open(server, path, act)) for path, act in OPEN_ROUTES]
+    routes.append(Route("/metrics", _endpoint(server, "metrics", metrics, bearer=True)))
+    return drained(Starlette(routes=routes, exception_handlers={HTTPException: _not_found(server)}))
 
 
-def _endpoint(server: Server, act: Act) -> Callable[[HttpRequest], Awaitable[Response]]:
+def _endpoint(server: Server, route: str, act: Act, *, bearer: bool = False) -> Endpoint:
     async def endpoint(request: HttpRequest) -> Response:
-        owner = server.settings.keys.owner(request.headers.get("x-api-key"))
-        if owner is None:
-            return refusal(HttpError(401, "the API key is unknown: send one of this server's in X-API-Key"))
-        return await _answered(act(server, owner, request))
+        return await _answered(server, route, request, _let_in(server, act, request, bearer=bearer))
 
     return endpoint
 
 
-def _open(
-    server: Server, act: Callable[[Server, HttpRequest], Awaitable[Response]]
-) -> Callable[[HttpRequest], Awaitable[Response]]:
+def _open(server: Server, route: str, act: Open) -> Endpoint:
     async def endpoint(request: HttpRequest) -> Response:
-        return await _answered(act(server, request))
+        return await _answered(server, route, request, act(server, request))
 
     return endpoint
 
 
-async def _answered(answer: Awaitable[Response]) -> Response:
+async def _let_in(server: Server, act: Act, request: HttpRequest, *, bearer: bool) -> Response:
+    key = request.headers.get("x-api-key")
+    if key is None and bearer:
+        key = request.headers.get("authorization", "").removeprefix("Bearer ")
+    owner = server.settings.keys.owner(key)
+    if owner is None:
+        raise HttpError(401, "the API key is unknown: send one of this server's in X-API-Key")
+    if server.settings.keys.open:
+        _check_local(request)
+    with server.counted(owner), server.bodies.of(request):
+        return await act(server, owner, request)
+
+
+def _check_local(request: HttpRequest) -> None:
+    """Refuse what a page in a browser of this machine may send to a server that asks for no key.
+
+    Raises:
+        HttpError: 403.
+    """
+    host = request.headers.get("host", "localhost")
+    if "origin" in request.headers or not THIS_MACHINE.fullmatch(host):
+        raise HttpError(
+            403, f"without API keys only programs on this machine are served, not web pages, nor as {host!r}"
+        )
+
+
+async def _answered(server: Server, route: str, request: HttpRequest, answer: Awaitable[Response]) -> Response:
     try:
-        return await answer
+        response = await answer
     except Exception as error:
         response = refusal(error)
         if response.status_code == 500:
-            log.exception("a request failed")
-        return response
+            error_id = secrets.token_hex(8)
+            response = refusal(error, error_id)
+            told = {"error_id": error_id, "route": route}
+            log.exception("a request failed: %s %s, error %s", request.method, route, error_id, extra=told)
+    server.metrics.answered(request.method, route, response.status_code)
+    return response
 
 
-async def _not_found(request: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    what = {404: f"there is no {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
-    return refusal(HttpError(error.status_code, what.get(error.status_code, error.detail), error.headers))
+def _not_found(server: Server) -> Callable[[HttpRequest, Exception], Awaitable[Response]]:
+    async def answer(request: HttpRequest, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        what = {404: f"there is no {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
+        server.metrics.answered("other", "other", error.status_code)
+        return refusal(HttpError(error.status_code, what.get(error.status_code, error.detail), error.headers))
+
+    return answer

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from tickwork import requests, types
 from tickwork.convert import as_adam_params
 from tickwork.errors import InvalidRequestError
-from tickwork.server.strict import Body, Metadata, Seconds, Seq
+from tickwork.server.strict import MOST_METADATA, Body, Items, Metadata, Name, Seconds, Seq
+
+# Tags of one session.
+MOST_TAGS = 256
 
 
 class ClientConfig(Body):
@@ -21,11 +24,11 @@ class ClientConfig(Body):
 class CreateSession(Body):
     """A new client."""
 
-    tags: list[str] = Field(default_factory=list)
+    tags: Annotated[Items[Name], Field(max_length=MOST_TAGS)] = Field(default_factory=list)
     user_metadata: Metadata | None = None
-    sdk_version: str = ""
-    project_id: str | None = None
-    display_name: str | None = None
+    sdk_version: Name = ""
+    project_id: Name | None = None
+    display_name: Name | None = None
     type: Literal["create_session"] = "create_session"
 
 
@@ -46,13 +49,13 @@ class FinishSession(Body):
     """A client ends."""
 
     reason: FinishReason
-    detail: str | None = None
+    detail: Annotated[str, Field(max_length=MOST_METADATA)] | None = None
 
 
 class AssignProject(Body):
     """A session's project."""
 
-    project_id: str
+    project_id: Name
 
 
 class Telemetry(Body):
@@ -193,7 +196,7 @@ class SaveWeightsExternal(Body):
     seq_id: Seq
     path: str
     ttl_seconds: Seconds | None = None
-    age_encryption_recipients: list[str] | None = None
+    age_encryption_recipients: Items[str] | None = None
     type: Literal["save_weights_external"] = "save_weights_external"
 
 
@@ -210,7 +213,7 @@ class LossNode(Body):
     op: str
     name: str
     target: str
-    args: list[Any] = Field(default_factory=list)
+    args: Items[Any] = Field(default_factory=list)
     kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -218,7 +221,7 @@ class LossGraph(Body):
     """The operations of a custom loss, in order."""
 
     format: Literal[1] = 1
-    nodes: list[LossNode]
+    nodes: Items[LossNode]
 
 
 class CreateCustomLoss(Body):
@@ -227,7 +230,7 @@ class CreateCustomLoss(Body):
     session_id: str
     custom_loss_seq_id: Seq
     name: str
-    inputs: list[LossInput]
+    inputs: Items[LossInput]
     graph: LossGraph
     type: Literal["create_custom_loss"] = "create_custom_loss"
 
@@ -248,7 +251,7 @@ class CopyWeights(Body):
 
     session_id: str | None = None
     model_seq_id: Seq | None = None
-    destination_project_id: str | None = None
+    destination_project_id: Name | None = None
     source_path: str
     ttl_seconds: Seconds | None = None
     weights_access_token: str | None = None

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from tickwork import requests, types
 from tickwork.errors import InvalidRequestError
-from tickwork.server.strict import Body, Seq
+from tickwork.server.strict import Body, Items, Seq
 from tickwork.tensors import TensorData
 
 # Samples of one request; more are asked for in several.
@@ -53,7 +53,7 @@ class RetrieveFutures(Body):
     target: FuturesTarget
     prev_cursor: Seq = 0
     timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    retrieved_request_ids: list[str] = Field(default_factory=list)
+    retrieved_request_ids: Items[str] = Field(default_factory=list)
 
 
 class CancelFuture(Body):
@@ -65,14 +65,14 @@ class CancelFuture(Body):
 class TextChunk(Body):
     """A run of token ids."""
 
-    tokens: list[Seq]
+    tokens: Items[Seq]
     type: Literal["encoded_text"] = "encoded_text"
 
 
 class ModelInput(Body):
     """A prompt."""
 
-    chunks: list[TextChunk] = Field(default_factory=list)
+    chunks: Items[TextChunk] = Field(default_factory=list)
 
     @field_validator("chunks", mode="before")
     @classmethod
@@ -89,7 +89,7 @@ class SamplingParams(Body):
 
     max_tokens: int | None = None
     seed: int | None = None
-    stop: str | list[str] | list[int] | None = None
+    stop: str | Items[str] | Items[int] | None = None
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
@@ -98,11 +98,11 @@ class SamplingParams(Body):
 class Tensor(Body):
     """A tensor, dense or in compressed sparse rows."""
 
-    data: list[int] | list[float]
+    data: Items[int] | Items[float]
     dtype: Literal["float32", "int64"]
-    shape: list[Seq] | None = None
-    sparse_crow_indices: list[Seq] | None = None
-    sparse_col_indices: list[Seq] | None = None
+    shape: Items[Seq] | None = None
+    sparse_crow_indices: Items[Seq] | None = None
+    sparse_col_indices: Items[Seq] | None = None
 
     def tensor(self, field: str) -> TensorData:
         """Return it as ours.

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field, field_validator
 
-from tickwork.server.strict import Body, Metadata
+from tickwork.server.strict import Body, Items, Metadata
 
 
 class SearchOwner(Body):
     """Whose sessions."""
 
     type: Literal["own", "accessible", "user"] = "own"
-    owner_urns: list[str] | None = None
+    owner_urns: Items[str] | None = None
 
 
 class StatusQuery(Body):
@@ -43,7 +43,7 @@ class SearchSessions(Body):
     """Which sessions are wanted."""
 
     session_id: str | None = None
-    project_ids: list[str] | None = None
+    project_ids: Items[str] | None = None
     user_metadata: Metadata = Field(default_factory=dict)
     display_name: Annotated[str, Field(min_length=1)] | None = None
     owner: SearchOwner = SearchOwner()

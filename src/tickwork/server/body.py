@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import orjson
@@ -21,6 +23,62 @@ SMALL = 16 * 1024
 # Of a body that is too large this much is kept, to tell which request it was.
 HEAD = 4096
 DRAIN_SECONDS = 20.0
+# Bytes that are decompressed at once.
+STEP = 2**20
+# Bytes of a body that holds no data. Of any JSON body: its values, its lists and objects, its fields. Each becomes an
+# object of up to a hundred times its bytes, so they are counted before it is parsed.
+MOST_PLAIN = 2**20
+MOST_VALUES, MOST_CONTAINERS, MOST_FIELDS = 2**22, 2**17, 2**16
+
+
+class Bodies:
+    """Bytes of all bodies that are being read and answered.
+
+    Args:
+        limit: past it, further ones are refused for a while; a single one always has room.
+
+    Room: any thread.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.held = 0
+        self._limit = limit
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def of(self, request: Request) -> Iterator[None]:
+        """Let a request hold bytes, until it is answered."""
+        taken = request.state.taken = Taken(self)
+        try:
+            yield
+        finally:
+            self.change(-taken.size)
+
+    def change(self, size: int, *, alone: bool = True) -> bool:
+        """Hold more or less; False if there is no room for more."""
+        with self._lock:
+            if not alone and size > 0 and self.held + size > self._limit:
+                return False
+            self.held += size
+            return True
+
+
+class Taken:
+    """What one request holds of them."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self.size = 0
+        self._bodies = bodies
+
+    def take(self, size: int) -> None:
+        """Hold more.
+
+        Raises:
+            HttpError: 429.
+        """
+        if not self._bodies.change(size, alone=self._bodies.held == self.size):
+            raise HttpError(429, "too much is being sent to this server at once", {"retry-after": "1"})
+        self.size += size
 
 
 class TooLargeError(HttpError):
@@ -31,27 +89,42 @@ class TooLargeError(HttpError):
         self.head = head
 
 
-async def read(request: Request, settings: Settings) -> bytes:
+async def read(request: Request, settings: Settings, most: int | None = None) -> bytes:
     """Return a request's body, decompressed.
+
+    Args:
+        most: bytes of one that holds no data; None for one that does.
 
     Raises:
         HttpError: too large, an unknown content encoding, or damaged.
     """
+    taken: Taken = request.state.taken
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "zstd"):
         raise HttpError(415, f"content-encoding {encoding!r} is not taken; 'zstd' or none is")
-    sent = await _read(request, settings.max_body, encoding)
+    sent = await _read(request, _least(settings.max_body, most), encoding, taken)
     if encoding == "identity":
         return sent
-    return await off_loop(len(sent), lambda: _decompress(sent, settings.max_decompressed))
+    return await off_loop(len(sent), lambda: _decompress(sent, _least(settings.max_decompressed, most), taken))
+
+
+def _least(limit: int, most: int | None) -> int:
+    return limit if most is None else min(limit, most)
 
 
 def json_of(body: bytes) -> object:
     """Parse JSON.
 
     Raises:
-        HttpError: it is none.
+        HttpError: it is none, or holds too many values.
     """
+    for marks, most, what in (
+        (b",", MOST_VALUES, "values"),
+        (b"[{", MOST_CONTAINERS, "lists and objects"),
+        (b":", MOST_FIELDS, "fields"),
+    ):
+        if sum(body.count(mark) for mark in marks) > most:
+            raise HttpError(413, f"the body holds more than {most} {what}: send less data in one request")
     try:
         return orjson.loads(body or b"{}")
     except orjson.JSONDecodeError as error:
@@ -65,7 +138,7 @@ async def off_loop(size: int, act: Callable[[], T]) -> T:
     return await trio.to_thread.run_sync(act)
 
 
-async def _read(request: Request, limit: int, encoding: str) -> bytes:
+async def _read(request: Request, limit: int, encoding: str, taken: Taken) -> bytes:
     parts: list[bytes] = []
     size = 0
     with trio.move_on_after(float("inf")) as patience:
@@ -73,6 +146,7 @@ async def _read(request: Request, limit: int, encoding: str) -> bytes:
             async for part in request.stream():
                 size += len(part)
                 if size <= limit:
+                    taken.take(len(part))
                     parts.append(part)
                 elif patience.deadline == float("inf"):
                     # A client that is still sending would see a broken connection instead of the answer.
@@ -85,16 +159,19 @@ async def _read(request: Request, limit: int, encoding: str) -> bytes:
     return b"".join(parts)
 
 
-def _decompress(body: bytes, limit: int) -> bytes:
-    """Decompress one zstd frame, never past the limit, whatever size it announces."""
+def _decompress(body: bytes, limit: int, taken: Taken) -> bytes:
+    """Decompress zstd frames, never past the limit, whatever size they announce."""
+    plain = bytearray()
     try:
         with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(body), read_across_frames=True) as stream:
-            plain = bytes(stream.read(limit + 1))
+            while part := stream.read(STEP):
+                taken.take(len(part))
+                plain += part
+                if len(plain) > limit:
+                    raise TooLargeError(limit, " decompressed", bytes(plain[:HEAD]))
     except zstandard.ZstdError as error:
         raise HttpError(400, f"the body is not zstd: {error}") from None
-    if len(plain) > limit:
-        raise TooLargeError(limit, " decompressed", plain[:HEAD])
-    return plain
+    return bytes(plain)
 
 
 def _head(body: bytes) -> bytes:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
+from collections.abc import Callable
 
 import attrs
 import trio
 
+from tickwork.server.answers import HttpError
+
 # One client among those that share a sampler: the SDK offsets the numbers of each by this.
 CLONE = 1_000_000_000
+# Clients that share one sampler.
+MOST_CLIENTS = 4096
 
 
 @attrs.define(eq=False)
@@ -24,11 +29,19 @@ class Completions:
     """Numbered completions of each client of one sampler, kept until the client says that it knows them."""
 
     def __init__(self) -> None:
-        self._lines: dict[int, _Line] = defaultdict(_Line)
+        self._lines: dict[int, _Line] = {}
+
+    def check(self, clone: int) -> None:
+        """Make sure that there is room for a client.
+
+        Raises:
+            HttpError: 429.
+        """
+        self._line(clone)
 
     def add(self, seq_id: int, request_id: str, *, failed: bool) -> None:
         """Note that a request is done."""
-        line = self._lines[seq_id // CLONE]
+        line = self._line(seq_id // CLONE)
         line.last += 1
         line.events.append((line.last, request_id, failed))
         line.changed.set()
@@ -38,11 +51,25 @@ class Completions:
         """Return completions after ``cursor``, waiting for the first at most ``seconds``; and the new cursor.
 
         Those up to ``cursor`` are forgotten.
+
+        Raises:
+            HttpError: too many clients.
         """
-        line = self._lines[clone]
+        line = self._line(clone)
         while line.events and line.events[0][0] <= cursor:
             line.events.popleft()
         if not line.events:
             with trio.move_on_after(seconds):
                 await line.changed.wait()
         return [(name, failed) for _, name, failed in line.events], max(cursor, line.last)
+
+    def sweep(self, kept: Callable[[str], bool]) -> None:
+        """Forget completions whose results are not kept any more: their client fetches without asking here."""
+        for line in self._lines.values():
+            while line.events and not kept(line.events[0][1]):
+                line.events.popleft()
+
+    def _line(self, clone: int) -> _Line:
+        if clone not in self._lines and len(self._lines) >= MOST_CLIENTS:
+            raise HttpError(429, f"{MOST_CLIENTS} clients share this sampler: make another one")
+        return self._lines.setdefault(clone, _Line())

@@ -23,6 +23,8 @@ MOST_HEAD, MOST_READ, MOST_WRITTEN, MOST_LEFT = 64 * 1024, 64 * 1024, 2**20, 2**
 # Seconds between two requests of a connection; for the next bytes to come, or to be taken; for the last bytes of all.
 IDLE_SECONDS, READ_SECONDS, WRITE_SECONDS, LINGER_SECONDS = 600.0, 60.0, 60.0, 1.0
 NO_BODY = (204, 304)
+# Connections at once, unless told otherwise.
+MOST_CONNECTIONS = 4096
 
 
 class Connection:
@@ -38,6 +40,7 @@ class Connection:
         self._parser = Parser()
         self._idle = trio.CancelScope()
         self._ending = False
+        self.idle_since: float | None = None  # while nothing is asked
         self._addresses = [_address(getattr(stream.socket, f"get{end}name")) for end in ("peer", "sock")]
 
     async def run(self) -> None:
@@ -60,21 +63,33 @@ class Connection:
 
     def end(self) -> None:
         """Close once the request under way, if any, is answered."""
-        self._ending = True
-        self._idle.cancel("the server ends")
+        self._ending, self.idle_since = True, None
+        self._idle.cancel("the connection is to end")
+
+    async def turn_away(self) -> None:
+        """Answer that there is no room, whatever is asked, and close."""
+        async with self._stream:
+            with trio.move_on_after(LINGER_SECONDS):
+                try:
+                    await self._refuse(503, "too many connections are open: try again", (b"retry-after", b"1"))
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    return
+            await self._linger()
 
     async def _next(self) -> Incoming | None:
         """Return the next request once its head is there; None at the end."""
         ready = self._parser.ready
         if not ready and not self._ending:
             with trio.CancelScope() as self._idle:
-                self._idle.deadline = trio.current_time() + IDLE_SECONDS
+                self.idle_since = trio.current_time()
+                self._idle.deadline = self.idle_since + IDLE_SECONDS
                 await self._read()
-        while not ready and self._parser.unread_head:
-            if self._parser.unread_head > MOST_HEAD:
-                await self._refuse(431, f"the headers are larger than {MOST_HEAD} bytes")
-                return None
-            with trio.fail_after(READ_SECONDS):
+        self.idle_since = None
+        with trio.fail_after(READ_SECONDS):
+            while not ready and self._parser.unread_head:
+                if self._parser.unread_head > MOST_HEAD:
+                    await self._refuse(431, f"the headers are larger than {MOST_HEAD} bytes")
+                    return None
                 if not await self._read():
                     return None
         return ready.popleft() if ready else None
@@ -123,18 +138,24 @@ class Connection:
             incoming.awaited = False
             await self._stream.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
         while not incoming.parts and not incoming.complete:
-            more = False
-            with trio.move_on_after(READ_SECONDS):
-                more = await self._read()
-            if not more:
+            if not await self._read_on():
                 return {"type": "http.disconnect"}
         body = incoming.parts.popleft() if incoming.parts else b""
         incoming.given = incoming.complete and not incoming.parts
         return {"type": "http.request", "body": body, "more_body": not incoming.given}
 
-    async def _refuse(self, status: int, detail: str) -> None:
+    async def _read_on(self) -> bool:
+        """Read more of a body; False if there will be none: the client is gone, too slow, or sends no HTTP."""
+        try:
+            with trio.move_on_after(READ_SECONDS):
+                return await self._read()
+        except httptools.HttpParserError:
+            pass
+        return False
+
+    async def _refuse(self, status: int, detail: str, *more: tuple[bytes, bytes]) -> None:
         body = b'{"detail":"%b"}' % detail.replace('"', "'").encode("ascii", "replace")
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *more]
         await self._stream.send_all(_head(status, headers, keep=False) + body)
 
     async def _linger(self) -> None:
@@ -225,12 +246,15 @@ async def serve_http(
     listener: trio.SocketListener,
     done: trio.Event,
     seconds: float,
+    most: int = MOST_CONNECTIONS,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve an application until ``done``: then idle connections close at once, busy ones after their answer.
 
     Args:
         seconds: how long busy connections have at the end.
+        most: connections at once; for one more the one that was idle for longest is closed, or, where none is idle, the
+            new one is turned away.
         task_status: told once connections are taken.
 
     Room: any Trio task. Cancel: every connection is closed as it is.
@@ -239,6 +263,9 @@ async def serve_http(
 
     async def connected(stream: trio.SocketStream) -> None:
         connection = Connection(app, stream)
+        if len(living) >= most and not _made_room(living):
+            await connection.turn_away()
+            return
         living.add(connection)
         try:
             await connection.run()
@@ -255,3 +282,18 @@ async def serve_http(
         for connection in list(living):
             connection.end()
         connections.cancel_scope.deadline = trio.current_time() + seconds
+
+
+def _made_room(living: set[Connection]) -> bool:
+    """Close the connection that was idle for longest; False if none is idle."""
+    idle = [
+        (connection.idle_since, id(connection), connection)
+        for connection in living
+        if connection.idle_since is not None
+    ]
+    if not idle:
+        return False
+    oldest = min(idle)[-1]
+    living.discard(oldest)
+    oldest.end()
+    return True

@@ -7,6 +7,9 @@ from collections import deque
 import attrs
 import httptools
 
+# Bytes after a request's head that bring neither a part of its body nor its end: sizes of chunks, trailers.
+MOST_BETWEEN = 64 * 1024
+
 
 @attrs.define(eq=False)
 class Incoming:
@@ -32,6 +35,7 @@ class Parser:
         self._llhttp = httptools.HttpRequestParser(self)
         self._in_head = False
         self.unread_head = 0  # bytes of a head that is not whole yet
+        self._between = 0
 
     def feed(self, data: bytes) -> None:
         """Take bytes in.
@@ -39,11 +43,14 @@ class Parser:
         Raises:
             httptools.HttpParserError: they are no HTTP.
         """
+        self._between += len(data)
         try:
             self._llhttp.feed_data(data)
         except httptools.HttpParserUpgrade:
             self._now.keep_alive = False  # answered as what it is, a request of HTTP/1.1
         self.unread_head = self.unread_head + len(data) if self._in_head else 0
+        if not self._in_head and self._between > MOST_BETWEEN:
+            raise httptools.HttpParserError("too much between the parts of a body")
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -54,12 +61,13 @@ class Parser:
         self._now.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One of its headers, whole."""
-        self._now.headers.append((name.lower(), value))
+        """One of its headers, whole; what comes after the body is not one."""
+        if self._in_head:
+            self._now.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """Its head is whole: it can be answered."""
-        now, self._in_head = self._now, False
+        now, self._in_head, self._between = self._now, False, 0
         now.method, now.version = self._llhttp.get_method().decode("ascii"), self._llhttp.get_http_version()
         now.keep_alive = self._llhttp.should_keep_alive()
         now.awaited = any(name == b"expect" and value.lower() == b"100-continue" for name, value in now.headers)
@@ -67,8 +75,10 @@ class Parser:
 
     def on_body(self, body: bytes) -> None:
         """A part of its body, chunks already undone."""
+        self._between = 0
         self._now.parts.append(body)
 
     def on_message_complete(self) -> None:
         """It has ended."""
+        self._between = 0
         self._now.complete = True

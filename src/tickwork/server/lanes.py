@@ -145,8 +145,15 @@ class Lane:
             return
         first = min(self.held)
         self.given_up.update(range(self.next, first))
+        self.given_up = {number for number in self.given_up if number > first - MOST_AHEAD}
         self.next = first
         self._go_on()
+
+    def end(self) -> None:
+        """Fail what waits for numbers that will not come any more."""
+        held, self.held = self.held, {}
+        for _, promise, _ in held.values():
+            promise.fail(InvalidRequestError(f"its training model was let go before request {self.next} came"))
 
     def _go_on(self) -> None:
         while self.next in self.held:

@@ -12,7 +12,7 @@ from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError, TickworkError
 from tickwork.server import strict
 from tickwork.server.answers import reply
-from tickwork.server.body import json_of, off_loop, read
+from tickwork.server.body import MOST_PLAIN, json_of, off_loop, read
 from tickwork.server.lanes import Ask
 from tickwork.server.promises import Kind
 from tickwork.server.server import Server
@@ -30,7 +30,7 @@ def in_lane(kind: Kind, model: type[B]) -> Callable[[Callable[[Server, str, B], 
 
     def route_of(answer: Callable[[Server, str, B], Awaitable[Response]]) -> Act:
         async def route(server: Server, owner: str, request: HttpRequest) -> Response:
-            raw = await read(request, server.settings)
+            raw = await read(request, server.settings, MOST_PLAIN)
             value = await off_loop(len(raw), lambda: json_of(raw))
             found = _checked(model, value)
             if not isinstance(found, InvalidRequestError):
@@ -53,6 +53,8 @@ def numbered(
     lane.check_number(seq_id)
     if not lane.seen(seq_id):
         server.refuse_when_stopping()
+        if seq_id > lane.next or not lane.held:  # the next one is let in where others wait for it
+            server.refuse_when_full(owner)
         lane.check_room(seq_id, weight, server.settings.max_tokens_in_flight)
     request_id = lane.take(seq_id, kind, lambda: made(make, model_id))
     return reply({"request_id": request_id, "model_id": model_id})

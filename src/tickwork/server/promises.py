@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import attrs
@@ -13,6 +13,7 @@ import trio
 from tickwork.errors import EngineStoppedError, RequestErrorCategory, RequestFailedError
 from tickwork.futures import Future
 from tickwork.results import as_json
+from tickwork.server.in_flight import InFlight
 
 log = logging.getLogger("tickwork.server")
 
@@ -46,7 +47,7 @@ class Promise:
 
     Args:
         owner: whose it is; nobody else may fetch it.
-        weight: tokens that count against its owner until it is settled.
+        weight: tokens that count against its owner until it is fetched, or forgotten because nobody fetched it.
 
     Room: the engine's thread, which is also the server's.
     """
@@ -124,23 +125,37 @@ class Promise:
 
 
 class Promises:
-    """All promises by request id."""
+    """All promises by request id.
 
-    def __init__(self) -> None:
+    Args:
+        most_fetched: results of one owner that are kept once they were fetched; the oldest go first.
+    """
+
+    def __init__(self, most_fetched: int = 2**16) -> None:
         self._all: dict[str, Promise] = {}
-        self._weights: dict[str, int] = {}
+        self._in_flight = InFlight(most_fetched)
         self.pending = 0
         self.unfetched: set[Promise] = set()
         self._settled_one = trio.Event()
+
+    def __len__(self) -> int:
+        """Promises that are kept."""
+        return len(self._all)
+
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a promise is kept."""
+        return request_id in self._all
 
     def __iter__(self) -> Iterator[Promise]:
         return iter(list(self._all.values()))
 
     def make(self, request_id: str, owner: str, kind: Kind, weight: int = 0) -> Promise:
-        """Record a new promise."""
+        """Record a new promise, in place of one of that id."""
         promise = Promise(request_id, owner, kind, weight)
+        if (former := self._all.get(request_id)) is not None:
+            self._forget(former)
         self._all[request_id] = promise
-        self._weights[owner] = self._weights.get(owner, 0) + weight
+        self._in_flight.made(promise)
         self.pending += 1
         self.unfetched.add(promise)
         promise.then(self._settle)
@@ -152,13 +167,19 @@ class Promises:
         return promise if promise is not None and promise.owner == owner else None
 
     def weight(self, owner: str) -> int:
-        """Return the tokens that an owner has in flight."""
-        return self._weights.get(owner, 0)
+        """Return the tokens that an owner has in flight: accepted, and not fetched."""
+        return self._in_flight.tokens(owner)
+
+    def count(self, owner: str) -> int:
+        """Return how many requests an owner has in flight."""
+        return self._in_flight.count(owner)
 
     def fetched(self, promise: Promise) -> None:
         """Note that a result has been handed over; it stays for a while, for a client whose connection broke."""
         promise.fetched_at = trio.current_time()
         self.unfetched.discard(promise)
+        for old in self._in_flight.fetched(promise):
+            self._forget(old)
         self._wake()
 
     def sweep(self, result_seconds: float, refetch_seconds: float) -> None:
@@ -169,8 +190,13 @@ class Promises:
             if promise.fetched_at is not None:
                 since, keep = promise.fetched_at, refetch_seconds
             if promise.settled.is_set() and now - since >= keep:
-                del self._all[promise.request_id]
-                self.unfetched.discard(promise)
+                self._forget(promise)
+
+    def forget(self, sessions: Collection[str]) -> None:
+        """Forget the results of sessions that are forgotten: their ids begin with that of the session."""
+        for promise in self:
+            if promise.settled.is_set() and promise.request_id.partition(":")[0] in sessions:
+                self._forget(promise)
 
     def stop(self) -> None:
         """Fail what waits for an earlier request of its model: a stopping server takes none in any more."""
@@ -188,13 +214,15 @@ class Promises:
         while self.unfetched:
             await self._settled_one.wait()
 
-    def _settle(self, promise: Promise) -> None:
+    def _settle(self, _: Promise) -> None:
         self.pending -= 1
-        left = self.weight(promise.owner) - promise.weight
-        self._weights[promise.owner] = left
-        if not left:
-            del self._weights[promise.owner]
         self._wake()
+
+    def _forget(self, promise: Promise) -> None:
+        if self._all.get(promise.request_id) is promise:
+            del self._all[promise.request_id]
+        self.unfetched.discard(promise)
+        self._in_flight.gone(promise)
 
     def _wake(self) -> None:
         self._settled_one.set()

@@ -19,6 +19,7 @@ from tickwork.results import Checkpoint, TrainingRun
 from tickwork.server import bodies
 from tickwork.server.answers import HttpError, reply, unknown
 from tickwork.server.server import Server, checkpoint_path
+from tickwork.server.strict import MOST_NAME
 
 # How long a download link works, in seconds.
 LINK_SECONDS = 3600
@@ -76,6 +77,8 @@ async def copy_weights(server: Server, owner: str, request: HttpRequest) -> Resp
     server.refuse_when_stopping()
     await server.in_thread(server.readable, ask.source_path, owner)
     key = request.headers.get("x-idempotency-key", "")
+    if len(key) > MOST_NAME:
+        raise InvalidRequestError(f"more than {MOST_NAME} characters", field="x-idempotency-key")
     if (owner, key) in server.copies and key:
         return reply({"tinker_path": server.copies[owner, key]})
     session = "" if ask.session_id is None else server.sessions.living(ask.session_id, owner).session_id

@@ -43,7 +43,10 @@ async def retrieve_futures(server: Server, owner: str, request: HttpRequest) -> 
     sampler = server.sessions.sampler(ask.target.sampling_session_id, owner)
     for request_id in ask.retrieved_request_ids:
         promise = server.promises.find(request_id, owner)
-        if promise is not None and request_id.startswith(f"{sampler.sampling_session_id}:"):
+        # What is not done yet can not have been retrieved: its tokens would be given back while it runs.
+        if promise is None or not promise.settled.is_set():
+            continue
+        if request_id.startswith(f"{sampler.sampling_session_id}:"):
             server.promises.fetched(promise)
     seconds = server.settings.poll_seconds if ask.timeout is None else min(ask.timeout, server.settings.poll_seconds)
     found, cursor = await sampler.completions.since(ask.target.cloned_sampler_id, ask.prev_cursor, seconds)
@@ -58,6 +61,8 @@ async def cancel_future(server: Server, owner: str, request: HttpRequest) -> Res
     if promise is None:
         raise _gone(ask.request_id)
     cancelled = promise.future.cancel() if promise.future is not None else False
+    if cancelled:
+        promise.then(server.promises.fetched)  # nobody waits for it any more
     return reply({"cancelled": cancelled})
 
 

@@ -156,9 +156,8 @@ def _created(server: Server, session: Session, number: int, kind: Kind, make: Ca
     request_id = f"{model_id}:r0"
     if number not in session.models:
         server.refuse_when_stopping()
-        if len(server.sessions.models_of(session.owner)) >= server.settings.max_models:
-            most = server.settings.max_models
-            raise HttpError(403, f"this key holds {most} training models, the most it may: close some of them")
+        server.refuse_when_full(session.owner)
+        server.sessions.check_model(session, server.settings.max_models)
         server.engine.set_share(model_id, server.settings.keys.share(session.owner))
         created = server.promise(request_id, session.owner, kind, lambda: make(model_id))
         lane = Lane(model_id, session.owner, server.door, server.promises)

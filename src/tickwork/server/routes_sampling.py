@@ -13,6 +13,7 @@ from tickwork.requests import OpenSampler, Sample, Save
 from tickwork.results import SampleResponse
 from tickwork.server import bodies, bodies_sampling, wire
 from tickwork.server.answers import HttpError, reply
+from tickwork.server.completions import CLONE
 from tickwork.server.numbered import in_lane, numbered
 from tickwork.server.promises import Kind, Promise, plain
 from tickwork.server.server import Server, public_name
@@ -66,22 +67,27 @@ async def get_sampler(server: Server, owner: str, request: HttpRequest) -> Respo
 
 async def sample(server: Server, owner: str, request: HttpRequest) -> Response:
     """Promise samples."""
-    ask = await server.parse(bodies_sampling.Sample, request)
+    ask = await server.parse(bodies_sampling.Sample, request, None)
     sampler = server.sessions.sampler(ask.sampling_session_id, owner)
     request_id = f"{sampler.sampling_session_id}:r{ask.seq_id}"
     if server.promises.find(request_id, owner) is None:
         server.refuse_when_stopping()
         if sampler.session.ended is not None:
             raise HttpError(404, f"session {sampler.session.session_id!r} was closed: {sampler.session.ended}")
+        server.refuse_when_full(owner)
+        sampler.completions.check(ask.seq_id // CLONE)
         _draw(server, sampler, ask, request_id)
     return reply({"request_id": request_id, "sample_sequence_ids": _sequence_ids(request_id, ask.num_samples)})
 
 
 def _draw(server: Server, sampler: Sampler, ask: bodies_sampling.Sample, request_id: str) -> None:
     payload = ask.payload(sampler.sampling_session_id)
-    weight = len(payload.prompt) + payload.num_samples * max(0, payload.params.max_tokens or 0)
-    held = server.promises.weight(sampler.session.owner)
-    if held and held + weight > server.settings.max_tokens_in_flight:
+    weight, most = _weight(server, sampler, payload), server.settings.max_tokens_in_flight
+    if weight > most:
+        raise InvalidRequestError(
+            f"{weight} tokens, prompt and samples; {most} are the most at once", field="max_tokens"
+        )
+    if server.promises.weight(sampler.session.owner) + weight > most:
         raise HttpError(429, "too many tokens are in flight: samples are taken as others end", {"retry-after": "1"})
     sampler.used = trio.current_time()
     promise = server.promises.make(request_id, sampler.session.owner, _kind(request_id, payload), weight)
@@ -91,6 +97,14 @@ def _draw(server: Server, sampler: Sampler, ask: bodies_sampling.Sample, request
         promise.fail(lost)
     else:
         server.door.post(Request("sample", sampler.lane, payload, tokens=len(payload.prompt)), promise)
+
+
+def _weight(server: Server, sampler: Sampler, payload: Sample) -> int:
+    """Return the tokens of a prompt and of its samples, which are no longer than the model's context."""
+    context = server.contexts.get(sampler.base_model or "", 0)
+    asked = payload.params.max_tokens
+    longest = context if asked is None else min(asked, context) if context else asked
+    return len(payload.prompt) + payload.num_samples * max(0, longest)
 
 
 def _kind(request_id: str, payload: Sample) -> Kind:

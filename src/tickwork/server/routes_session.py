@@ -40,6 +40,7 @@ async def create_session(server: Server, owner: str, request: HttpRequest) -> Re
     server.refuse_when_stopping()
     session = server.sessions.open(
         owner,
+        server.settings.max_sessions,
         user_metadata=dict(ask.user_metadata or {}),
         tags=tuple(ask.tags),
         display_name=ask.display_name,
@@ -105,7 +106,7 @@ async def trace_export(server: Server, owner: str, request: HttpRequest) -> Resp
 
 async def telemetry(server: Server, owner: str, request: HttpRequest) -> Response:
     """Take telemetry and keep nothing of it."""
-    await server.parse(bodies.Telemetry, request)
+    await server.parse(bodies.Telemetry, request, None)
     return reply({"status": "accepted"})
 
 

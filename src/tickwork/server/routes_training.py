@@ -20,6 +20,8 @@ from tickwork.server.server import Server
 
 PASS = Kind("forward_backward", wire.training_json, wire.training_proto)
 OPTIM = plain("optim_step")
+# Bytes of a custom loss.
+MOST_LOSS = 2**18
 
 
 async def forward_backward(server: Server, owner: str, request: HttpRequest) -> Response:
@@ -42,14 +44,16 @@ async def optim_step(server: Server, owner: str, ask: bodies.OptimStep) -> Respo
 
 async def create_custom_loss(server: Server, owner: str, request: HttpRequest) -> Response:
     """Promise a loss that was sent as a graph."""
-    ask = await server.parse(bodies.CreateCustomLoss, request)
+    ask = await server.parse(bodies.CreateCustomLoss, request, MOST_LOSS)
     session = server.sessions.living(ask.session_id, owner)
     loss_id = f"{session.session_id}:loss:{ask.custom_loss_seq_id}"
     if ask.custom_loss_seq_id not in session.made_losses:
         server.refuse_when_stopping()
+        server.refuse_when_full(owner)
+        server.sessions.check_loss(session)
 
         def keep(promise: Promise) -> None:
-            if promise.error is None:
+            if promise.error is None and session.ended is None:
                 session.losses[loss_id] = promise.value
 
         kind = plain("create_custom_loss", lambda _: {"loss_id": loss_id})
@@ -67,7 +71,8 @@ async def _pass(server: Server, owner: str, request: HttpRequest, *, forward_onl
         _use_up(server, owner, error)
         raise
     if proto:
-        found = await off_loop(len(raw), lambda: wire.open_training(raw))
+        most = wire.Most(server.settings.chunk_datums, server.settings.max_tokens_in_flight)
+        found = await off_loop(len(raw), lambda: wire.open_training(raw, most))
     else:
         found = await off_loop(len(raw), lambda: wire.open_training_json(json_of(raw), forward_only=forward_only))
     losses = server.sessions.model(found.model_id, owner).session.losses

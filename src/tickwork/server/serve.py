@@ -93,7 +93,8 @@ async def _serve(server: Server, listener: socket.socket, stop: Stop, task_statu
         nursery.start_soon(server.door.run)
         nursery.start_soon(server.sweep)
         async with trio.open_nursery() as http:
-            await http.start(serve_http, make_app(server), _listening(listener), done, GRACE_SECONDS)
+            most = server.settings.max_connections
+            await http.start(serve_http, make_app(server), _listening(listener), done, GRACE_SECONDS, most)
             task_status.started(url)
             await stop()
             await server.drain()

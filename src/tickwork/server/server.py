@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +16,12 @@ from tickwork.catalogue import Catalogue
 from tickwork.engine.engine import Engine
 from tickwork.engine.request import Request
 from tickwork.errors import CheckpointError, InvalidRequestError, TickworkError
-from tickwork.models import locate
+from tickwork.models import context_length, locate
 from tickwork.results import ParsedCheckpointTinkerPath
 from tickwork.server import body, strict
 from tickwork.server.answers import HttpError, unknown
 from tickwork.server.lanes import Door, Lane
+from tickwork.server.metrics import Metrics
 from tickwork.server.promises import Kind, Promise, Promises
 from tickwork.server.sessions import Sessions
 from tickwork.server.settings import Settings
@@ -43,20 +45,27 @@ class Server:
         self.door = door
         self.catalogue = catalogue
         self.engine = engine
-        self.promises = Promises()
-        self.sessions = Sessions(door)
+        self.promises = Promises(settings.max_results)
+        self.sessions = Sessions(door, self.promises.forget)
+        self.bodies = body.Bodies(settings.max_bodies)
+        self.contexts = {name: context_length(name) or 0 for name in settings.models}
+        self.under_way: dict[str, int] = {}
         self.stopping = trio.Event()
         self.secret = secrets.token_bytes(32)
+        self.metrics = Metrics(self)
         self.copies: dict[tuple[str, str], str] = {}
 
-    async def parse(self, model: type[B], request: HttpRequest) -> B:
+    async def parse(self, model: type[B], request: HttpRequest, most: int | None = body.MOST_PLAIN) -> B:
         """Read a JSON body as one of ``bodies``.
+
+        Args:
+            most: its bytes; None for one that holds data.
 
         Raises:
             HttpError: too large, or not JSON.
             InvalidRequestError: naming the field.
         """
-        raw = await body.read(request, self.settings)
+        raw = await body.read(request, self.settings, most)
         return await body.off_loop(len(raw), lambda: strict.parse(model, body.json_of(raw)))
 
     def refuse_when_stopping(self) -> None:
@@ -67,6 +76,34 @@ class Server:
         """
         if self.stopping.is_set():
             raise HttpError(503, "the server is stopping", {"retry-after": "5"})
+
+    def refuse_when_full(self, owner: str) -> None:
+        """Take no more of an owner who does not fetch results.
+
+        Raises:
+            HttpError: 429.
+        """
+        most = self.settings.max_results
+        if self.promises.count(owner) >= most:
+            raise HttpError(429, f"{most} requests are in flight: fetch results first", {"retry-after": "1"})
+
+    @contextmanager
+    def counted(self, owner: str) -> Iterator[None]:
+        """Count an HTTP request of an owner while it is under way.
+
+        Raises:
+            HttpError: 429, too many are.
+        """
+        count, most = self.under_way.get(owner, 0), self.settings.max_requests
+        if count >= most:
+            raise HttpError(429, f"{most} requests of this key are under way: wait for some", {"retry-after": "1"})
+        self.under_way[owner] = count + 1
+        try:
+            yield
+        finally:
+            self.under_way[owner] -= 1
+            if not self.under_way[owner]:
+                del self.under_way[owner]
 
     def base_model(self, name: str) -> str:
         """Return a served base model by its name, or by the folder it was loaded from.
@@ -96,9 +133,14 @@ class Server:
             InvalidRequestError: not a checkpoint path.
             CheckpointError: unknown, or another owner's.
         """
-        meta = self.catalogue.meta(path)
-        if not meta.public:
-            self.own(meta.run_id, owner, path)
+        run_id = ParsedCheckpointTinkerPath.from_tinker_path(path).training_run_id
+        try:
+            if self.catalogue.meta(path).public:
+                return
+        except CheckpointError:
+            self.own(run_id, owner, f"checkpoint {path}")
+            raise
+        self.own(run_id, owner, f"checkpoint {path}")
 
     def own(self, run_id: str, owner: str, what: str) -> None:
         """Check that a run is an owner's.
@@ -128,7 +170,7 @@ class Server:
             rounds += 1
             if rounds % 10 == 0:
                 self.promises.sweep(self.settings.result_seconds, self.settings.refetch_seconds)
-                self.sessions.sweep(self.settings.session_seconds)
+                self.sessions.sweep(self.settings.session_seconds, lambda name: name in self.promises)
 
     def _tell(self, lane: Lane) -> None:
         """Log a lane's hint, once."""

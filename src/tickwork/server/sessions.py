@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +17,10 @@ from tickwork.server.answers import HttpError, unknown
 from tickwork.server.completions import Completions
 from tickwork.server.lanes import Door, Lane
 from tickwork.server.promises import Promise
+
+# Training models that one session may make, ended ones included; samplers of one key that are known by id, let go ones
+# included; custom losses of one key.
+MOST_MADE, MOST_LOSSES = 4096, 1024
 
 
 @attrs.define(eq=False)
@@ -77,16 +81,42 @@ class Session:
 
 
 class Sessions:
-    """All sessions, and their models and samplers by id."""
+    """All sessions, and their models and samplers by id.
 
-    def __init__(self, door: Door) -> None:
-        self._door = door
+    Args:
+        forgotten: told the ids of sessions that are forgotten, and all their models and samplers with them.
+    """
+
+    def __init__(self, door: Door, forgotten: Callable[[set[str]], None]) -> None:
+        self._door, self._forgotten = door, forgotten
         self._all: dict[str, Session] = {}
         self._models: dict[str, Model] = {}
         self._samplers: dict[str, Sampler] = {}
 
-    def open(self, owner: str, **about: Any) -> Session:
-        """Make a session."""
+    def __len__(self) -> int:
+        """Sessions that are kept, ended ones included."""
+        return len(self._all)
+
+    def held(self) -> dict[str, int]:
+        """Count what is open, and what the engine holds for it."""
+        return {
+            "sessions": sum(session.ended is None for session in self._all.values()),
+            "models": sum(not model.released for model in self._models.values()),
+            "samplers": sum(sampler.held for sampler in self._samplers.values()),
+        }
+
+    def open(self, owner: str, most: int, **about: Any) -> Session:
+        """Make a session.
+
+        Raises:
+            HttpError: 429, the owner has ``most`` already, none of them ended.
+        """
+        mine = [session for session in self._all.values() if session.owner == owner]
+        if len(mine) >= most:
+            ended = [session for session in mine if session.ended is not None]
+            if not ended:
+                raise HttpError(429, f"this key has {most} sessions, the most it may: end some", {"retry-after": "10"})
+            self._forget(ended[:1])
         session = Session(str(uuid.uuid4()), owner, **about)
         self._all[session.session_id] = session
         return session
@@ -149,6 +179,27 @@ class Sessions:
         mine = [model for model in self._models.values() if model.session.owner == owner and not model.released]
         return [model for model in mine if model.created.error is None]
 
+    def check_model(self, session: Session, most: int) -> None:
+        """Refuse a training model past the bounds.
+
+        Raises:
+            HttpError: 403.
+        """
+        if len(self.models_of(session.owner)) >= most:
+            raise HttpError(403, f"this key holds {most} training models, the most it may: close some of them")
+        if len(session.models) >= MOST_MADE:
+            raise HttpError(403, f"this session has made {MOST_MADE} training models: open a new session")
+
+    def check_loss(self, session: Session) -> None:
+        """Refuse a custom loss past the bound.
+
+        Raises:
+            HttpError: 403.
+        """
+        mine = [each for each in self._all.values() if each.owner == session.owner and each.ended is None]
+        if sum(len(each.made_losses) for each in mine) >= MOST_LOSSES:
+            raise HttpError(403, f"this key holds {MOST_LOSSES} custom losses: end the sessions that made them")
+
     def add_model(self, number: int, model: Model) -> None:
         """Record a training model."""
         model.session.models[number] = model
@@ -161,15 +212,21 @@ class Sessions:
         self.make_room(sampler.session.owner, most)
 
     def make_room(self, owner: str, most: int) -> None:
-        """Let go of an owner's samplers past ``most``, unused for longest first."""
-        held = [other for other in self._samplers.values() if other.held and other.session.owner == owner]
-        for old in sorted(held, key=lambda other: other.used)[: max(0, len(held) - most)]:
+        """Let go of an owner's samplers past ``most``, unused for longest first; forget them past ``MOST_MADE``."""
+        mine = sorted((s for s in self._samplers.values() if s.session.owner == owner), key=lambda other: other.used)
+        held = [sampler for sampler in mine if sampler.held]
+        for old in held[: max(0, len(held) - most)]:
             self._let_go(old)
+        gone = [sampler for sampler in mine if not sampler.held]
+        for old in gone[: max(0, len(mine) - MOST_MADE)]:
+            del self._samplers[old.sampling_session_id]
+            del old.session.samplers[int(old.sampling_session_id.rpartition(":")[2])]
 
     def release(self, model: Model) -> None:
         """Let go of a training model, after all that was asked of it."""
         if not model.released:
             model.released = True
+            model.lane.end()
             self._door.forget(build.release(model.model_id, model.model_id))
 
     def end(self, session: Session, why: str) -> None:
@@ -182,16 +239,24 @@ class Sessions:
         for sampler in session.samplers.values():
             self._let_go(sampler)
         session.losses.clear()
+        session.made_losses.clear()
 
-    def sweep(self, session_seconds: float) -> None:
-        """Close sessions that gave no sign of life for that long; forget those closed as long ago again."""
-        now = trio.current_time()
+    def sweep(self, session_seconds: float, kept: Callable[[str], bool]) -> None:
+        """Close sessions that gave no sign of life for that long; forget those closed as long ago again.
+
+        Args:
+            kept: whether the promise of an id is kept.
+        """
+        now, dead = trio.current_time(), []
         for session in list(self._all.values()):
             idle = now - session.seen
             if session.ended is None and idle >= session_seconds:
                 self.end(session, f"it gave no sign of life for {session_seconds:g} s")
             elif session.ended is not None and idle >= 2 * session_seconds:
-                self._forget(session)
+                dead.append(session)
+        self._forget(dead)
+        for sampler in self._samplers.values():
+            sampler.completions.sweep(kept)
 
     def lanes(self) -> list[Lane]:
         """Return the lanes of all training models that are held."""
@@ -202,9 +267,12 @@ class Sessions:
             sampler.held = False
             self._door.forget(build.release(sampler.sampling_session_id, sampler.lane))
 
-    def _forget(self, session: Session) -> None:
-        del self._all[session.session_id]
-        for model in session.models.values():
-            del self._models[model.model_id]
-        for sampler in session.samplers.values():
-            del self._samplers[sampler.sampling_session_id]
+    def _forget(self, sessions: Sequence[Session]) -> None:
+        for session in sessions:
+            del self._all[session.session_id]
+            for model in session.models.values():
+                del self._models[model.model_id]
+            for sampler in session.samplers.values():
+                del self._samplers[sampler.sampling_session_id]
+        if sessions:
+            self._forgotten({session.session_id for session in sessions})

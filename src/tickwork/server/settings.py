@@ -63,10 +63,15 @@ class Settings:
         adapter_memory: see ``ServiceClient``.
         max_models: training models that one key may hold at once.
         max_samplers: samplers of one key whose weights are held at once; the one unused for longest goes first.
-        max_tokens_in_flight: tokens of one key accepted and not answered, those to be drawn included.
+        max_sessions: sessions that one key may have; for one more, one of its ended ones is forgotten.
+        max_tokens_in_flight: tokens of one key accepted and not fetched, those to be drawn included.
+        max_results: requests of one key accepted and not fetched; also its results that are kept once fetched.
+        max_requests: HTTP requests of one key under way at once, held polls included.
+        max_connections: connections at once; past it idle ones go, and where none is idle new ones are turned away.
         max_body: bytes of one request body, as sent.
         max_decompressed: bytes of one request body, decompressed.
-        chunk_datums: datums that a client puts into one request.
+        max_bodies: bytes of all bodies that are being read and answered; one alone always has room.
+        chunk_datums: datums that a client puts into one request; more are refused.
         chunk_bytes: bytes that a client puts into one request, by its own estimate.
         gap_seconds: how long requests wait for an earlier one of their model that never comes.
         poll_seconds: how long a poll is held before the client is told to ask again.
@@ -94,9 +99,14 @@ class Settings:
     adapter_memory: int | None = None
     max_models: int = attrs.field(default=64, validator=_at_least(1))
     max_samplers: int = attrs.field(default=64, validator=_at_least(1))
+    max_sessions: int = attrs.field(default=4096, validator=_at_least(1))
     max_tokens_in_flight: int = attrs.field(default=2**24, validator=_at_least(1))
+    max_results: int = attrs.field(default=2**16, validator=_at_least(1))
+    max_requests: int = attrs.field(default=2048, validator=_at_least(1))
+    max_connections: int = attrs.field(default=4096, validator=_at_least(1))
     max_body: int = attrs.field(default=64 * MIB, validator=_at_least(1024))
     max_decompressed: int = attrs.field(default=256 * MIB, validator=_at_least(1024))
+    max_bodies: int = attrs.field(default=1024 * MIB, validator=_at_least(1024))
     chunk_datums: int = attrs.field(default=100_000, validator=_at_least(1))
     chunk_bytes: int = attrs.field(default=48 * MIB, validator=_at_least(1))
     gap_seconds: float = attrs.field(default=60.0, validator=_at_least(0))

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tickwork.errors import InvalidRequestError
 
 Seq = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Metadata = dict[str, str]
+# How many errors of one body are told, and characters of what is kept of one: of a name, and of metadata all together.
+MOST_ERRORS, MOST_NAME, MOST_METADATA = 3, 1000, 2**16
 
-# How many errors of one body are told.
-MOST_ERRORS = 3
+T = TypeVar("T")
+# A list is wrong with its first wrong item: a million errors would be a million objects.
+Items = Annotated[list[T], Field(fail_fast=True)]
+Name = Annotated[str, Field(max_length=MOST_NAME)]
+
+
+def _small(value: dict[str, str]) -> dict[str, str]:
+    if sum(len(key) + len(text) for key, text in value.items()) > MOST_METADATA:
+        raise ValueError(f"more than {MOST_METADATA} characters")
+    return value
+
+
+Metadata = Annotated[dict[str, str], AfterValidator(_small)]
 
 
 class Body(BaseModel):

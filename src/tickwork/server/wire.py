@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import attrs
@@ -12,12 +13,14 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from tickwork.errors import InvalidRequestError
 from tickwork.server import schema
+from tickwork.server.wire_count import Most, check_counts
 from tickwork.server.wire_json import number_of, pass_of
 from tickwork.server.wire_results import sample_json, sample_proto, training_json, training_proto
 from tickwork.tensors import TensorData, TensorDtype
 from tickwork.types import Datum, EncodedTextChunk, ModelInput
 
 __all__ = [
+    "Most",
     "TrainingAsk",
     "TrainingBody",
     "open_training",
@@ -55,12 +58,19 @@ class TrainingBody:
     ask: Callable[[], TrainingAsk]
 
 
-def open_training(body: bytes) -> TrainingBody:
-    """Read the model and the number of a protobuf body.
+def open_training(body: bytes, most: Most = Most()) -> TrainingBody:  # noqa: B008  frozen
+    """Read the model and the number of a protobuf body; what it holds is counted before it is read.
 
     Raises:
         InvalidRequestError: they can not be read.
     """
+    try:
+        check_counts(body, most)
+    except InvalidRequestError as error:
+        where = peek_training(body)
+        if where is None:
+            raise
+        return TrainingBody(*where, partial(_refused, error))
     message = schema.ForwardBackwardRequest()
     try:
         message.ParseFromString(body)
@@ -68,13 +78,15 @@ def open_training(body: bytes) -> TrainingBody:
         where = peek_training(body)
         if where is None:
             raise InvalidRequestError("the body is no ForwardBackwardRequest") from None
-        return TrainingBody(*where, _damaged)
+        return TrainingBody(
+            *where, partial(_refused, InvalidRequestError("the body is a damaged ForwardBackwardRequest"))
+        )
     _check_number(message.model_id, message.seq_id)
     return TrainingBody(message.model_id, message.seq_id, lambda: _ask(message))
 
 
-def _damaged() -> TrainingAsk:
-    raise InvalidRequestError("the body is a damaged ForwardBackwardRequest")
+def _refused(error: InvalidRequestError) -> TrainingAsk:
+    raise error
 
 
 def _check_number(model_id: object, seq_id: object) -> None:
@@ -111,9 +123,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _ask(message: Any) -> TrainingAsk:
-    unknown = [field.field_number for field in UnknownFieldSet(message)]
-    if unknown:
-        raise InvalidRequestError(f"field {unknown[0]} of ForwardBackwardRequest is not known")
+    for field in UnknownFieldSet(message):
+        raise InvalidRequestError(f"field {field.field_number} of ForwardBackwardRequest is not known")
     data = tuple(_datum(item, index) for index, item in enumerate(message.data))
     return TrainingAsk(data, message.loss_fn, _config(message), message.forward_only)
 

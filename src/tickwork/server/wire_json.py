@@ -6,7 +6,7 @@ from typing import Any
 
 from tickwork.errors import InvalidRequestError
 from tickwork.server.bodies_sampling import ModelInput, Tensor
-from tickwork.server.strict import Body, parse
+from tickwork.server.strict import Body, Items, parse
 from tickwork.types import Datum, EncodedTextChunk
 from tickwork.types import ModelInput as Tokens
 
@@ -33,7 +33,7 @@ class DatumBody(Body):
 class PassInput(Body):
     """Datums and their loss."""
 
-    data: list[DatumBody]
+    data: Items[DatumBody]
     loss_fn: str
     loss_fn_config: dict[str, float | str] | None = None
 
