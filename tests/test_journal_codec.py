@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as stnp
 from tickwork import errors, requests, results
 from tickwork.errors import InvalidRequestError, JournalError, LossError
 from tickwork.journal.codec import decode, encode
+from tickwork.journal.fields import fields
 from tickwork.journal.losses import GraphLoss, PastLoss
 from tickwork.journal.numbers import SHORTEST_RUN, as_run
 from tickwork.journal.records import LaneRecord, LossRecord, SamplerRecord, SessionRecord
@@ -55,7 +56,9 @@ def tensors(draw: st.DrawFn) -> TensorData:
 
 
 def build(cls: type, **given: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.builds(cls, **given)
+    """Values of a class, each field given or of its annotated type."""
+    rest = {name: st.from_type(hint) for name, hint in fields(cls).items() if name not in given}
+    return st.builds(cls, **given, **rest)
 
 
 chunks = build(EncodedTextChunk, tokens=runs(counts).map(tuple))

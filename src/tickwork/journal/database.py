@@ -11,7 +11,7 @@ from typing import Literal
 from tickwork.errors import JournalError
 from tickwork.files import sync, write_json
 from tickwork.journal.lock import Lock
-from tickwork.journal.witness import Witness, question
+from tickwork.journal.witness import lost_pages
 
 FORMAT = 1
 NAMED = ("sessions", "lanes", "samplers", "losses")
@@ -90,12 +90,12 @@ class Database:
         known = self.folder / "format.json"
         if known.exists() and not (self.file.exists() and self.file.stat().st_size):
             raise self._damaged("its file is gone or empty")
-        witness = question(self.file)
+        self._check_log()
         # Handed from the thread that opens it to the one that writes.
         connection = sqlite3.connect(self.file, isolation_level=None, check_same_thread=False, timeout=0)
         self.connection = connection
         self._prepare(connection, durability)
-        self._check(connection, witness)
+        self._check(connection)
         if not known.exists():
             write_json(known, {"format": FORMAT})
         return connection
@@ -126,14 +126,15 @@ class Database:
                 f"use the version that wrote it, or move the folder away to start without it"
             )
 
-    def _check(self, connection: sqlite3.Connection, witness: Witness) -> None:
-        _, frames, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        lost = witness.lost(frames)
+    def _check_log(self) -> None:
+        lost = lost_pages(self.file)
         if lost:
             raise JournalError(
-                f"{self.file}-wal lacks the last {lost} pages that were committed: it is damaged or was cut short. "
+                f"{self.file}-wal lacks {lost} pages that were committed: it is damaged or was cut short. "
                 f"Bring it back from a copy; or delete {self.file}-shm to go on without what those pages held"
             )
+
+    def _check(self, connection: sqlite3.Connection) -> None:
         (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
         if verdict != "ok":
             raise self._damaged(verdict)

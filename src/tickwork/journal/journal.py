@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tickwork.futures import Inner
 from tickwork.journal.database import Database, Durability
-from tickwork.journal.records import Record, SnapshotRecord
+from tickwork.journal.records import Record, SnapshotRecord, TrimRecord
 from tickwork.journal.recovery import Recovered, recover
 from tickwork.journal.snapshots import Hook, Snapshot, Snapshots, nothing
 from tickwork.journal.writer import Writer
@@ -89,6 +89,18 @@ class Journal:
             JournalError: the disk, or what can not be stored; the last snapshot still stands.
         """
         return self._writer.append([self._snapshots.write(lane, number, snapshot)])
+
+    def trim(self, settled_before: float, fetched_before: float) -> Inner[None]:
+        """Let go of requests that a snapshot covers, and of results settled or fetched before those times.
+
+        Args:
+            settled_before: seconds since the epoch.
+            fetched_before: seconds since the epoch.
+
+        Raises:
+            QueueFullError: there is no room now.
+        """
+        return self._writer.append([TrimRecord(settled_before, fetched_before)])
 
     def read_snapshot(self, record: SnapshotRecord) -> Snapshot:
         """Return a snapshot that ``recovered`` tells of.

@@ -19,7 +19,7 @@ from tickwork.journal.snapshots import Hook, Snapshots
 # What is wrong with one record alone.
 _OWN = (
     *(JournalError, sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError),
-    *(OverflowError, TypeError, UnicodeEncodeError),
+    *(OverflowError, TypeError, ValueError),
 )
 
 
