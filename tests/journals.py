@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,3 +85,33 @@ def flip(file: Path, place: int) -> None:
     raw = bytearray(file.read_bytes())
     raw[place] ^= 0x55
     file.write_bytes(raw)
+
+
+def write_for_ever(store: Path) -> None:
+    """Write to a lane until killed, and print each number once its request and result are acknowledged."""
+    journal = Journal(store)
+    (past,) = journal.recovered.lanes or [None]
+    number = past.next if past is not None else 0
+    waiting = [each.number for each in past.requests if each.result is None] if past is not None else []
+    put(journal, lane(), *[result(late) for late in waiting])
+    while True:
+        pairs = [(request(number + turn, size=3000), result(number + turn)) for turn in range(3)]
+        futures = [journal.append([record]) for pair in pairs for record in pair]
+        for future in futures:
+            future.result(GUARD)
+        number += len(pairs)
+        os.write(1, f"{number - 1}\n".encode())
+        if number % 15 == 0:
+            journal.write_snapshot(LANE, number - 1, state(number - 1)).result(GUARD)
+            journal.trim(settled_before=1.0, fetched_before=0.0)
+
+
+def nurse() -> None:
+    """Fork a writer for each store named on the standard input, and say when it has ended."""
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            os.write(1, f"{os.getpid()}\n".encode())
+            write_for_ever(Path(line.strip()))
+        os.waitpid(child, 0)
+        os.write(1, b"ended\n")
