@@ -89,7 +89,10 @@ REQUESTS = {
     requests.CreateModel: build(requests.CreateModel, lora=maybe(loras), user_metadata=maybe(metadata), model_id=text),
     requests.OptimStep: build(requests.OptimStep, params=build(AdamParams, learning_rate=reals, eps=reals)),
     requests.Save: build(
-        requests.Save, kind=st.sampled_from(["weights", "sampler_weights"]), ttl_seconds=maybe(counts), name=text
+        requests.Save,
+        kind=st.sampled_from(["weights", "sampler_weights"]),
+        ttl_seconds=maybe(counts),
+        user_metadata=maybe(metadata),
     ),
     requests.Load: build(requests.Load),
     requests.OpenSampler: build(requests.OpenSampler, base_model=maybe(text), path=maybe(text), model_id=maybe(text)),

@@ -26,6 +26,7 @@ from tickwork.journal.records import (
     SkippedRecord,
     SnapshotRecord,
 )
+from tickwork.journal.snapshots import Snapshot
 
 
 class Gate:
@@ -73,7 +74,7 @@ def test_what_waits_shares_one_commit_in_order(tmp_path: Path) -> None:
 def test_a_full_mailbox_refuses_until_there_is_room(tmp_path: Path) -> None:
     """Past its limit the journal takes nothing; what it has taken is written, and then there is room again."""
     gate = Gate("commit")
-    journal = Journal(tmp_path, limit=100_000, at=gate)
+    journal = Journal(tmp_path, limit=90_500, at=gate)
     assert journal.room().done()
     held = journal.append([lane(), request(0, size=90_000)])
     assert gate.reached.wait(GUARD)
@@ -81,6 +82,9 @@ def test_a_full_mailbox_refuses_until_there_is_room(tmp_path: Path) -> None:
     with pytest.raises(QueueFullError, match="wait for room"):
         journal.append([request(1, size=20_000)])
     assert not room.done()
+    with pytest.raises(QueueFullError):
+        journal.write_snapshot(LANE, 0, Snapshot({}, {"odd": "x"}))
+    assert not list((tmp_path / "journal" / "snapshots").iterdir())
     gate.open.set()
     held.result(GUARD)
     room.result(GUARD)
@@ -220,7 +224,14 @@ def test_snapshots_replace_each_other(tmp_path: Path) -> None:
         for number in range(4):
             journal.write_snapshot(LANE, number, state(number)).result(GUARD)
         files = sorted(file.name for file in (store / "journal" / "snapshots").iterdir())
-        assert [name.split("-")[1] for name in files] == ["2.safetensors", "3.safetensors"][-keep:]
+        assert [name.split("-")[1] for name in files] == ["2", "3"][-keep:]
+        with pytest.raises(JournalError, match="already covered"):
+            journal.write_snapshot(LANE, 3, state(7)).result(GUARD)
+        journal.close()
+        journal = Journal(store)
+        record = journal.recovered.lanes[0].snapshot
+        assert record is not None
+        assert journal.read_snapshot(record).metadata == {"steps": 3}
         journal.close()
 
 

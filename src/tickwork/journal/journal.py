@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from tickwork.errors import QueueFullError
 from tickwork.futures import Inner
 from tickwork.journal.database import Database, Durability
 from tickwork.journal.records import Record, SnapshotRecord, TrimRecord
@@ -88,7 +89,12 @@ class Journal:
             QueueFullError: there is no room now.
             JournalError: the disk, or what can not be stored; the last snapshot still stands.
         """
-        return self._writer.append([self._snapshots.write(lane, number, snapshot)])
+        record = self._snapshots.write(lane, number, snapshot)
+        try:
+            return self._writer.append([record])
+        except QueueFullError:
+            self._snapshots.remove([record.file])
+            raise
 
     def trim(self, settled_before: float, fetched_before: float) -> Inner[None]:
         """Let go of requests that a snapshot covers, and of results settled or fetched before those times.

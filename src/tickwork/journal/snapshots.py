@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Snapshots:
         folder: made when the first one is written.
         at: told ``snapshot-write``, ``snapshot-sync``, ``snapshot-rename``, ``snapshot-folder`` before each is done.
 
-    Room: any thread; none may write two of one lane and number.
+    Room: any thread.
     """
 
     def __init__(self, folder: Path, at: Hook = nothing) -> None:
@@ -64,7 +65,8 @@ class Snapshots:
         Raises:
             JournalError: the disk, or arrays or metadata that can not be stored.
         """
-        name = f"{hashlib.blake2b(lane.encode(), digest_size=16).hexdigest()}-{number}{SUFFIX}"
+        # A name of its own: one of the same number, which the journal would refuse, must not replace the one it has.
+        name = f"{hashlib.blake2b(lane.encode(), digest_size=16).hexdigest()}-{number}-{uuid.uuid4().hex}{SUFFIX}"
         target, temporary = self.folder / name, self.folder / f"{name}{NEW}"
         try:
             self._at("snapshot-write")
