@@ -43,7 +43,7 @@ MAY = {
     },
     "build.py": {"convert", "engine", "errors", "records", "requests", "results", "seal", "types"},
     "server": {
-        *("build", "catalogue", "clients", "convert", "engine", "errors", "files", "futures"),
+        *("build", "catalogue", "clients", "convert", "engine", "errors", "files", "futures", "journal"),
         *("models", "requests", "results", "server", "tensors", "types"),
     },
     "testing.py": {"engine", "errors", "executor", "futures"},

@@ -49,6 +49,11 @@ def encode(value: object) -> bytes:
     return b"".join([_HEAD.pack(MAGIC, FORMAT, len(tree)), tree, *numbers.parts])
 
 
+def is_error(body: bytes) -> bool:
+    """Whether a body is that of an error."""
+    return body[_HEAD.size :].startswith(b'{"error":')
+
+
 def decode(body: bytes) -> Any:
     """Return the value that ``encode`` was given.
 

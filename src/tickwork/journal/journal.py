@@ -73,12 +73,20 @@ class Journal:
         """
         return self._writer.append(records)
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why nothing can be written any more, or None."""
+        return self._writer.failure
+
     def room(self) -> Inner[None]:
         """Return what is settled once there is room to append again."""
         return self._writer.room()
 
-    def write_snapshot(self, lane: str, number: int, snapshot: Snapshot) -> Inner[None]:
+    def write_snapshot(self, lane: str, number: int, snapshot: Snapshot, before: Sequence[Record] = ()) -> Inner[None]:
         """Write the state of a lane after all its requests up to ``number``, whose results have been appended.
+
+        Args:
+            before: appended together with it, just before it.
 
         Room: a worker thread: it writes to the disk before it returns.
 
@@ -91,7 +99,7 @@ class Journal:
         """
         record = self._snapshots.write(lane, number, snapshot)
         try:
-            return self._writer.append([record])
+            return self._writer.append([*before, record])
         except QueueFullError:
             self._snapshots.remove([record.file])
             raise

@@ -27,6 +27,21 @@ class GraphLoss:
 
 
 @attrs.frozen(eq=False)
+class MadeLoss(GraphLoss):
+    """The loss itself, which is stored by its id.
+
+    Args:
+        made: what the graph describes.
+    """
+
+    made: CustomLoss
+
+    def __call__(self, *given: Any) -> Any:
+        """Call it."""
+        return self.made(*given)
+
+
+@attrs.frozen(eq=False)
 class PastLoss:
     """A callable of a process that has ended.
 
@@ -49,7 +64,9 @@ class PastLoss:
 
 
 def stored(loss: str | CustomLoss) -> str | GraphLoss | PastLoss:
-    """Return what stands for a loss: a name for itself, a callable by its name alone."""
+    """Return what stands for a loss: a name for itself, a graph's by its id, a callable by its name alone."""
+    if isinstance(loss, MadeLoss):
+        return GraphLoss(loss.loss_id)
     if isinstance(loss, str | GraphLoss | PastLoss):
         return loss
     kind = loss if hasattr(loss, "__qualname__") else type(loss)

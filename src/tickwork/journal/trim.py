@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlite3 import Connection
 
+from tickwork.journal.codec import is_error
 from tickwork.journal.records import TrimRecord
 from tickwork.journal.seals import seal
 
@@ -20,7 +21,7 @@ _EXPIRED = "(settled < :settled OR fetched < :fetched)"
 def trim(db: Connection, record: TrimRecord) -> None:
     """Delete requests that a snapshot covers, and results that were fetched or that nobody has fetched for long.
 
-    The results of requests that may be replayed lose their body only.
+    The results of requests that may be replayed lose their body only; errors keep it, since they are not replayed.
     """
     times = {"settled": record.settled_before, "fetched": record.fetched_before}
     for table in ("requests", "gradients"):
@@ -36,6 +37,7 @@ def trim(db: Connection, record: TrimRecord) -> None:
 
 def _drop_bodies(db: Connection, times: dict[str, float]) -> None:
     columns = "lane, number, owner, kind, settled"
-    found = db.execute(f"SELECT {columns} FROM results WHERE {_EXPIRED} AND body IS NOT NULL", times).fetchall()
+    query = f"SELECT body, {columns} FROM results WHERE {_EXPIRED} AND body IS NOT NULL"
+    found = [cells for body, *cells in db.execute(query, times) if not is_error(body)]
     update = "UPDATE results SET body = NULL, seal = ? WHERE lane = ? AND number = ?"
     db.executemany(update, [(seal("results", *cells, None), cells[0], cells[1]) for cells in found])

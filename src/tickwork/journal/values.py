@@ -126,6 +126,7 @@ ERRORS: dict[type[errors.TickworkError], tuple[str, ...]] = {
     errors.CheckpointError: (),
     errors.ModelLoadError: (),
     errors.CapacityError: (),
+    errors.DivergedError: (),
     errors.RequestCancelledError: (),
     errors.JournalError: ("lane", "number"),
     errors.EngineStoppedError: (),

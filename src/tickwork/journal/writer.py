@@ -85,6 +85,11 @@ class Writer:
             self._changed.notify()
         return post.durable
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why everything is refused, or None."""
+        return self._refusal
+
     def room(self) -> Inner[None]:
         """Return what is settled as soon as less than half the limit waits for the disk."""
         ticket = _running()

@@ -9,6 +9,8 @@ import trio
 
 # One client among those that share a sampler: the SDK offsets the numbers of each by this.
 CLONE = 1_000_000_000
+# More than one run of the server ever tells.
+RUN = 2**32
 
 
 @attrs.define(eq=False)
@@ -33,6 +35,14 @@ class Completions:
         line.events.append((line.last, request_id, failed))
         line.changed.set()
         line.changed = trio.Event()
+
+    def begin(self, boots: int) -> None:
+        """Number what is told from here on past all that an earlier run of the server has told.
+
+        Args:
+            boots: how many runs there were, with this one.
+        """
+        self._lines = defaultdict(lambda: _Line(boots * RUN))
 
     async def since(self, clone: int, cursor: int, seconds: float) -> tuple[list[tuple[str, bool]], int]:
         """Return completions after ``cursor``, waiting for the first at most ``seconds``; and the new cursor.

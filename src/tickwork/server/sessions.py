@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import uuid
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,10 +10,13 @@ import attrs
 import trio
 
 from tickwork import build
+from tickwork.journal.records import ForgetRecord, LaneRecord, SamplerRecord, SessionRecord
 from tickwork.requests import CustomLoss
 from tickwork.server.answers import HttpError, unknown
 from tickwork.server.completions import Completions
-from tickwork.server.lanes import Door, Lane
+from tickwork.server.door import Door
+from tickwork.server.durable import Durable
+from tickwork.server.lanes import Lane
 from tickwork.server.promises import Promise
 
 
@@ -25,9 +26,16 @@ class Model:
 
     model_id: str
     session: Session
+    number: int
     lane: Lane
     created: Promise
+    about: LaneRecord
     released: bool = False
+
+    @property
+    def record(self) -> LaneRecord:
+        """What the journal holds of it."""
+        return attrs.evolve(self.about, released=self.released)
 
 
 @attrs.define(eq=False)
@@ -38,21 +46,38 @@ class Sampler:
         sampling_session_id: also the key of its weights in the engine.
         lane: whose barriers its samples follow: its own, or the training model's of which it is a snapshot.
         base_model: None while only its checkpoint or its model knows it.
-        clones: numbers for clients that join.
+        number: its number in its session.
+        clones: numbers given to clients that joined.
         used: when it was last asked for a sample.
         held: whether its weights are with the engine.
     """
 
     sampling_session_id: str
     session: Session
+    number: int
     lane: str
     base_model: str | None = None
     model_path: str | None = None
     opened: Promise | None = None
-    clones: Iterator[int] = attrs.Factory(lambda: itertools.count(1))
+    clones: int = 0
     completions: Completions = attrs.Factory(Completions)
     used: float = attrs.Factory(trio.current_time)
     held: bool = True
+
+    @property
+    def record(self) -> SamplerRecord:
+        """What the journal holds of it."""
+        return SamplerRecord(
+            key=self.sampling_session_id,
+            owner=self.session.owner,
+            session_id=self.session.session_id,
+            number=self.number,
+            lane=self.lane,
+            base_model=self.base_model,
+            model_path=self.model_path,
+            held=self.held,
+            clones=self.clones,
+        )
 
 
 @attrs.define(eq=False)
@@ -75,12 +100,17 @@ class Session:
     losses: dict[str, CustomLoss] = attrs.Factory(dict)
     made_losses: dict[int, Promise] = attrs.Factory(dict)
 
+    @property
+    def record(self) -> SessionRecord:
+        """What the journal holds of it."""
+        return SessionRecord(**{field.name: getattr(self, field.name) for field in attrs.fields(SessionRecord)})
+
 
 class Sessions:
     """All sessions, and their models and samplers by id."""
 
-    def __init__(self, door: Door) -> None:
-        self._door = door
+    def __init__(self, door: Door, durable: Durable) -> None:
+        self._door, self._durable = door, durable
         self._all: dict[str, Session] = {}
         self._models: dict[str, Model] = {}
         self._samplers: dict[str, Sampler] = {}
@@ -90,6 +120,10 @@ class Sessions:
         session = Session(str(uuid.uuid4()), owner, **about)
         self._all[session.session_id] = session
         return session
+
+    def add(self, session: Session) -> None:
+        """Record a session that is there already."""
+        self._all[session.session_id] = session
 
     def of(self, owner: str) -> list[Session]:
         """Return an owner's sessions, newest first."""
@@ -144,6 +178,14 @@ class Sessions:
         sampler.session.seen = trio.current_time()
         return sampler
 
+    def model_of(self, sampler: Sampler) -> Model | None:
+        """Return the training model that a sampler was taken of, if it was of one."""
+        return self._models.get(sampler.lane)
+
+    def find_sampler(self, sampling_session_id: str) -> Sampler | None:
+        """Return a sampler whoever asks."""
+        return self._samplers.get(sampling_session_id)
+
     def models_of(self, owner: str) -> list[Model]:
         """Return the training models that an owner holds."""
         mine = [model for model in self._models.values() if model.session.owner == owner and not model.released]
@@ -170,13 +212,19 @@ class Sessions:
         """Let go of a training model, after all that was asked of it."""
         if not model.released:
             model.released = True
-            self._door.forget(build.release(model.model_id, model.model_id))
+            self._durable.note(model.record)
+            self.end_lane(model)
+
+    def end_lane(self, model: Model) -> None:
+        """Let go of a released model as soon as all that was asked of it has been posted."""
+        model.lane.end(lambda: self._door.forget(build.release(model.model_id, model.model_id)))
 
     def end(self, session: Session, why: str) -> None:
         """Close a session and let go of everything it holds."""
         if session.ended is not None:
             return
         session.ended = why
+        self._durable.note(session.record)
         for model in session.models.values():
             self.release(model)
         for sampler in session.samplers.values():
@@ -193,6 +241,10 @@ class Sessions:
             elif session.ended is not None and idle >= 2 * session_seconds:
                 self._forget(session)
 
+    def models(self) -> list[Model]:
+        """Return all training models."""
+        return list(self._models.values())
+
     def lanes(self) -> list[Lane]:
         """Return the lanes of all training models that are held."""
         return [model.lane for model in self._models.values() if not model.released]
@@ -200,11 +252,22 @@ class Sessions:
     def _let_go(self, sampler: Sampler) -> None:
         if sampler.held:
             sampler.held = False
+            self._durable.note(sampler.record)
             self._door.forget(build.release(sampler.sampling_session_id, sampler.lane))
 
     def _forget(self, session: Session) -> None:
         del self._all[session.session_id]
         for model in session.models.values():
             del self._models[model.model_id]
+            self._durable.note(ForgetRecord("lanes", model.model_id))
         for sampler in session.samplers.values():
             del self._samplers[sampler.sampling_session_id]
+            self._durable.note(ForgetRecord("samplers", sampler.sampling_session_id))
+        for number in session.made_losses:
+            self._durable.note(ForgetRecord("losses", loss_id(session, number)))
+        self._durable.note(ForgetRecord("sessions", session.session_id))
+
+
+def loss_id(session: Session, number: int) -> str:
+    """Name a custom loss of a session."""
+    return f"{session.session_id}:loss:{number}"
