@@ -29,6 +29,7 @@ MAY = {
     "seal.py": {"errors", "files"},
     "catalogue.py": {"errors", "files", "records", "results"},
     "models": {"errors", "results"},
+    "journal": {"errors", "files", "futures", "journal", "requests", "results", "tensors", "types"},
     "engine": {"errors", "futures", "engine", "executor"},
     "executor.py": {"engine", "futures", "compute", "catalogue"},
     "compute": {
@@ -42,7 +43,7 @@ MAY = {
     },
     "build.py": {"convert", "engine", "errors", "records", "requests", "results", "seal", "types"},
     "server": {
-        *("build", "catalogue", "clients", "convert", "engine", "errors", "files", "futures"),
+        *("build", "catalogue", "clients", "convert", "engine", "errors", "files", "futures", "journal"),
         *("models", "requests", "results", "server", "tensors", "types"),
     },
     "testing.py": {"engine", "errors", "executor", "futures"},
@@ -86,12 +87,12 @@ KERNELS = [file for file in FILES if file not in TICKWORK]
 
 @pytest.mark.parametrize("file", TICKWORK, ids=lambda file: str(file.relative_to(ROOT / "src")))
 def test_torch_and_trio_stay_in_their_rooms(file: Path) -> None:
-    """Torch lives in compute, store and recipes; trio never in compute; both meet only in the executor."""
+    """Torch lives in compute, store and recipes; trio never in compute or journal; both meet only in the executor."""
     every = tops(imported(file, top_level=False))
     if room(file) not in TORCH_ROOMS:
         assert "torch" not in every - LAZY.get(room(file), set())
         assert not {"torch", "transformers"} & tops(imported(file, top_level=True))
-    if room(file) in {"compute", "store.py"}:
+    if room(file) in {"compute", "journal", "store.py"}:
         assert "trio" not in every
 
 

@@ -138,8 +138,8 @@ def test_no_key_no_entry():
 
 
 def test_a_restart_is_told_and_never_hidden(tmp_path):
-    """Another server answers 200 after its restart and has lost steps; ours says that the model is gone."""
-    settings = Settings(models=(TINY,), store=tmp_path, port=0)
+    """Another server answers 200 after its restart and has lost steps; ours, without a journal, says that the model is gone."""
+    settings = Settings(models=(TINY,), store=tmp_path, port=0, journal=None)
     with serving(settings) as url, Raw(url) as raw:
         model = raw.model()
         raw.result(raw.optim(model, 1).json()["request_id"])

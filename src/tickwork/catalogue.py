@@ -98,6 +98,11 @@ class Catalogue:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RUN, as_json(run))
 
+    def begin_run(self, run: Run) -> None:
+        """Record a training run, unless it is one that is made again after a crash."""
+        if read_run(self.run_folder(run.run_id)) is None:
+            self.open_run(run)
+
     def runs(self, owner: str | None = None, project_id: str | None = None) -> list[TrainingRun]:
         """Return runs, newest first.
 

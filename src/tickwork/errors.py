@@ -14,6 +14,7 @@
         ├── CapacityError           one request alone does not fit on the device
         ├── DivergedError           a sampler's logits are not finite
         ├── RequestCancelledError   a sampling request that its owner cancelled
+        ├── JournalError            the journal is locked, damaged, of another version, or its disk is full: see .lane
         └── EngineStoppedError      the engine died or was aborted before the request ran
 """
 
@@ -109,6 +110,23 @@ class RequestCancelledError(RequestFailedError):
     """A sampling request was cancelled by ``Future.cancel()``."""
 
     category = RequestErrorCategory.USER
+
+
+class JournalError(RequestFailedError):
+    """The journal can not be opened, read or written; what it had not acknowledged was not accepted.
+
+    Args:
+        message: what is wrong and what to do.
+        lane: whose row it is, or None where it is no row of a lane.
+        number: the request's number in its lane.
+    """
+
+    category = RequestErrorCategory.SERVER
+
+    def __init__(self, message: str, *, lane: str | None = None, number: int | None = None) -> None:
+        super().__init__(message)
+        self.lane = lane
+        self.number = number
 
 
 class EngineStoppedError(RequestFailedError):

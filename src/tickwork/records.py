@@ -47,6 +47,7 @@ class Meta:
         steps: optimizer steps taken.
         sizes: bytes of each file.
         checksums: SHA-256 of each file.
+        request_id: the request that saved it, where that may come again after a crash.
     """
 
     run_id: str
@@ -61,6 +62,7 @@ class Meta:
     time: datetime = attrs.Factory(lambda: datetime.now(UTC))
     sizes: dict[str, int] = attrs.Factory(dict)
     checksums: dict[str, str] = attrs.Factory(dict)
+    request_id: str = ""
     format: int = FORMAT
 
     @property

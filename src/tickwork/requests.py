@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
+import numpy as np
 
 from tickwork.tensors import TensorData
 from tickwork.types import AdamParams, Datum, LoraConfig, SamplingParams
@@ -70,6 +71,7 @@ class Save:
 
     Args:
         recipients: age public keys that an external checkpoint is encrypted for; none leaves it plain.
+        request_id: which request this is, where it may come again after a crash: it then replaces what it has saved.
     """
 
     model_id: str
@@ -79,6 +81,7 @@ class Save:
     overwrite: bool = False
     user_metadata: Mapping[str, str] | None = None
     recipients: tuple[str, ...] = ()
+    request_id: str = ""
 
 
 @attrs.frozen(eq=False)
@@ -106,6 +109,42 @@ class OpenSampler:
     path: str | None = None
     model_id: str | None = None
     inflight: bool = False
+
+
+@attrs.frozen(eq=False)
+class Capture:
+    """Copy the state of a training model, and of the samplers that were taken of it."""
+
+    model_id: str
+
+
+@attrs.frozen(eq=False)
+class Captured:
+    """The state of a training model.
+
+    Args:
+        number: of the last request that it includes; -1 without one.
+        arrays: float32 ``[P]`` each: ``adapter``, ``exp_avg``, ``exp_avg_sq``, ``grad`` as far as they are there,
+            ``inflight``, and ``sampler KEY`` of each sampler.
+        metadata: everything else, as JSON holds it.
+    """
+
+    number: int
+    arrays: Mapping[str, np.ndarray]
+    metadata: Mapping[str, Any]
+
+
+@attrs.frozen(eq=False)
+class Restore:
+    """Make a training model, and the samplers that were taken of it, of a captured state.
+
+    Args:
+        samplers: those that are still wanted.
+    """
+
+    model_id: str
+    state: Captured
+    samplers: frozenset[str] = frozenset()
 
 
 @attrs.frozen(eq=False)

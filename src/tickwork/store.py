@@ -20,7 +20,7 @@ from tickwork.compute.lora import ALPHA, Adapter
 from tickwork.compute.optimizer import Trainable
 from tickwork.errors import CheckpointError
 from tickwork.files import NEW, checksum, put, sync, write_json
-from tickwork.records import META, Meta, check_name, expiry
+from tickwork.records import META, Meta, check_name, expiry, read_meta
 from tickwork.results import as_json
 from tickwork.seal import seal
 
@@ -103,7 +103,7 @@ class Store:
         check_name(meta.name)
         meta = attrs.evolve(meta, expires_at=expiry(ttl_seconds))
         target = self.catalogue.folder(meta.path)
-        if target.exists() and not overwrite:
+        if target.exists() and not overwrite and not _saved_by(target, meta.request_id):
             raise CheckpointError(f"{meta.path} exists: choose another name or pass overwrite=True")
         if not self._told:
             log.warning("no store folder was given: checkpoints live until this service is closed")
@@ -152,6 +152,14 @@ class Store:
         sizes = {file.name: file.stat().st_size for file in files}
         checksums = {file.name: checksum(file) for file in files}
         write_json(folder / META, as_json(attrs.evolve(meta, sizes=sizes, checksums=checksums)))
+
+
+def _saved_by(folder: Path, request_id: str) -> bool:
+    """Whether a checkpoint is what this very request has saved, before a crash kept it from saying so."""
+    try:
+        return bool(request_id) and read_meta(folder).request_id == request_id
+    except CheckpointError:
+        return False
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -58,6 +58,16 @@ class Trainable:
         copies = [None if tensor is None else copy(tensor) for tensor in kept]
         self.adapter.move(copy)
         self._grad, self.exp_avg, self.exp_avg_sq = copies
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what there is of adapter, moments and gradient by name, but for a gradient of zeros."""
+        parts = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "grad": self._grad if self.requests else None}
+        return {"adapter": self.adapter.arena} | {name: part for name, part in parts.items() if part is not None}
+
+    def resume(self, parts: Mapping[str, torch.Tensor], steps: int, requests: int) -> None:
+        """Go on with moments and a gradient by name, and the number of steps and of requests since the last."""
+        self._grad, self.exp_avg, self.exp_avg_sq = (parts.get(name) for name in ("grad", "exp_avg", "exp_avg_sq"))
+        self.steps, self.requests = steps, requests
 
     def _extras(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         return self._grad, self.exp_avg, self.exp_avg_sq

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 
 import attrs
 import torch
 
+from tickwork import requests
 from tickwork.catalogue import Catalogue
 from tickwork.compute.bases import Bases
+from tickwork.compute.create import create
 from tickwork.compute.failure import failure
 from tickwork.compute.graph import make_loss
 from tickwork.compute.lora import Adapter
 from tickwork.compute.losses import check
-from tickwork.compute.optimizer import Trainable, step_together
+from tickwork.compute.optimizer import step_together
 from tickwork.compute.parts import Progress
 from tickwork.compute.passes import run_pass
 from tickwork.compute.residency import Residency
 from tickwork.compute.sampler import Sampler
+from tickwork.compute.state import capture, restore
 from tickwork.compute.weights import Shelf, TrainingModel, Weights
 from tickwork.engine.plan import Pass, Stage
 from tickwork.engine.request import Outcome, Request
 from tickwork.errors import InvalidRequestError, RequestFailedError
-from tickwork.records import Meta, Run
+from tickwork.records import Meta
 from tickwork.requests import CreateModel, ForwardBackward, Load, MakeLoss, OpenSampler, OptimStep, Release, Save
 from tickwork.results import (
     GetInfoResponse,
@@ -33,7 +35,6 @@ from tickwork.results import (
     SaveWeightsResponse,
 )
 from tickwork.store import Store
-from tickwork.types import LoraConfig
 
 
 class Device:
@@ -81,6 +82,8 @@ class Device:
             Load: self._load,
             OpenSampler: self._open_sampler,
             MakeLoss: lambda ask: make_loss(ask.graph),
+            requests.Capture: self._capture,
+            requests.Restore: self._restore,
             Release: self._release,
         }
 
@@ -114,13 +117,21 @@ class Device:
         outcomes = [refusal for refusal in admissions if refusal.error is not None]
         for item in stage.passes:
             outcomes += self._run_pass(item, cycle)
+        self._count(outcomes)
         outcomes += self._run_steps(stage.steps)
+        self._count(outcomes)
         if stage.decode:
             outcomes += self._decode(stage.decode, nudged)
         for outcome in outcomes:
             self._drawn_from.pop(outcome.request, None)
         self._residency.settle(self._drawn_from.values())
         return outcomes
+
+    def _count(self, outcomes: Sequence[Outcome]) -> None:
+        """Note how far each lane has come."""
+        for request in (outcome.request for outcome in outcomes):
+            if request.number is not None and (model := self._models.get(request.lane)) is not None:
+                model.number = max(model.number, request.number)
 
     def _decode(self, seconds: float, nudged: Callable[[], bool]) -> list[Outcome]:
         busy = [sampler for sampler in self._samplers.values() if sampler.busy]
@@ -195,35 +206,12 @@ class Device:
 
     def _create(self, ask: CreateModel) -> GetInfoResponse:
         try:
-            return self._create_or_raise(ask)
+            model = self._models[ask.model_id] = create(ask, self._bases.get, self._store, self._device)
         except Exception as error:
             self._lost[ask.model_id] = failure(error)
             raise
-
-    def _create_or_raise(self, ask: CreateModel) -> GetInfoResponse:
-        saved = None if ask.path is None else self._store.read(ask.path)
-        lora = ask.lora or (saved.meta.lora if saved else LoraConfig())
-        seed = lora.seed if lora.seed is not None else secrets.randbits(31)
-        name = ask.base_model or (saved.meta.base_model if saved else "")
-        if saved is not None and name != saved.meta.base_model:
-            raise InvalidRequestError(
-                f"{name!r} is not {saved.meta.base_model!r}, which {ask.path} was trained on", field="base_model"
-            )
-        if isinstance(lora.rank, bool) or not isinstance(lora.rank, int) or lora.rank < 1:
-            raise InvalidRequestError(f"{lora.rank!r}; an integer >= 1 is needed", field="rank")
-        base = self._bases.get(name)
-        adapter = Adapter(base.shapes, lora, seed, self._device)
-        if not adapter.shapes:
-            raise InvalidRequestError("nothing to train: all of train_attn, train_mlp, train_unembed are off")
-        state = Trainable(adapter)
-        if saved is not None:
-            saved.restore(state, with_optimizer=ask.with_optimizer)
-        run = Run(ask.model_id, name, lora, dict(ask.user_metadata or {}))
-        run = attrs.evolve(run, owner=ask.owner, session_id=ask.session_id, project_id=ask.project_id)
-        self._store.catalogue.open_run(run)
-        self._models[ask.model_id] = TrainingModel(base, state)
-        self._residency.use(state)
-        return base.info(ask.model_id, adapter)
+        self._residency.use(model.state)
+        return model.base.info(ask.model_id, model.state.adapter)
 
     def _save(self, ask: Save) -> SaveWeightsResponse | SaveWeightsExternalResponse:
         model = self._model(ask.model_id)
@@ -235,6 +223,7 @@ class Device:
             lora=attrs.evolve(model.state.adapter.config, seed=model.state.adapter.seed),
             steps=model.state.steps,
             user_metadata=dict(ask.user_metadata or {}),
+            request_id=ask.request_id,
         )
         path = self._store.write(meta, model.state, ask.ttl_seconds, ask.overwrite, ask.recipients)
         if ask.kind != "external_weights":
@@ -255,6 +244,22 @@ class Device:
         except Exception as error:
             self._lost[ask.key] = failure(error)
             raise
+
+    def _capture(self, ask: requests.Capture) -> requests.Captured:
+        model = self._model(ask.model_id)
+        return capture(model, {key: found for key, found in self._weights.items() if found.model_id == ask.model_id})
+
+    def _restore(self, ask: requests.Restore) -> GetInfoResponse:
+        model, samplers = restore(ask.model_id, ask.state, self._bases.get, self._device)
+        self._models[ask.model_id] = model
+        self._residency.use(model.state)
+        for key, weights in samplers.items():
+            if key in ask.samplers and weights.adapter is not None:
+                self._weights[key] = weights
+                self._residency.use(weights.adapter)
+                if weights.inflight:
+                    self._shelf.follow(ask.model_id, weights.adapter)
+        return model.base.info(ask.model_id, model.state.adapter)
 
     def _release(self, ask: Release) -> None:
         for held in (self._models, self._weights, self._lost):

@@ -18,18 +18,26 @@ from tickwork.store import Store
 
 @attrs.define(eq=False)
 class TrainingModel:
-    """A training client's model."""
+    """A training client's model; ``number`` is that of its lane's last request, where those have numbers."""
 
     base: BaseModel
     state: Trainable
+    number: int = -1
 
 
 @attrs.define(eq=False)
 class Weights:
-    """What a sampling client samples from: a snapshot, or the bare base. Samplers that follow a model share theirs."""
+    """What a sampling client samples from: a snapshot, or the bare base. Samplers that follow a model share theirs.
+
+    Args:
+        model_id: the training model that it was taken of.
+        inflight: whether it follows that model.
+    """
 
     base: BaseModel
     adapter: Adapter | None
+    model_id: str | None = None
+    inflight: bool = False
 
 
 class Shelf:
@@ -63,7 +71,7 @@ class Shelf:
         if ask.model_id is not None:
             model = self._model(ask.model_id)
             adapter = self._published(ask.model_id, model) if ask.inflight else model.state.adapter.snapshot()
-            return Weights(model.base, adapter)
+            return Weights(model.base, adapter, ask.model_id, ask.inflight)
         if ask.path is None:
             return Weights(self._base(ask.base_model or ""), None)
         saved = self._store.read(ask.path)
@@ -73,6 +81,10 @@ class Shelf:
         adapter = Adapter(base.shapes, saved.meta.lora, saved.meta.lora.seed or 0, self._device)
         saved.restore(Trainable(adapter), with_optimizer=False)
         return Weights(base, adapter)
+
+    def follow(self, model_id: str, adapter: Adapter) -> None:
+        """Let a snapshot be the one that follows a model."""
+        self._inflight[model_id] = adapter
 
     def _published(self, model_id: str, model: TrainingModel) -> Adapter:
         """Bring the snapshot that follows a model up to date; whoever samples from it goes on with the new weights."""

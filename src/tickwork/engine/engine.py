@@ -110,6 +110,10 @@ class Engine:
         """Return how a lane's client could lose less time, or None; see ``LaneStatistics``. Room: any thread."""
         return self._count.hint(lane)
 
+    def device_seconds(self, lane: str) -> float:
+        """Return the seconds of the device that fell to a lane so far; see ``LaneStatistics``. Room: any thread."""
+        return self._count.device_seconds(lane)
+
     def statistics(self) -> EngineStatistics:
         """Return counters. Room: any thread; numbers of a running engine may be a moment apart."""
         count, door = self._count, self._portal.credits if self._portal else None

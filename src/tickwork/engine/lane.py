@@ -42,6 +42,13 @@ class Lane:
         """What comes next: ``pass``, ``step`` or nothing."""
         return self.waiting[0].kind if self.waiting else None
 
+    def add(self, request: Request) -> None:
+        """Take a pass or step in: at the end, or as the next to begin."""
+        if request.urgent:
+            self.waiting.insert(int(self.begun), request)
+        else:
+            self.waiting.append(request)
+
     def hold_back(self, sample: Request) -> bool:
         """Let a sample wait for the last step before it; False if there is none."""
         step = next((request for request in reversed(self.waiting) if request.kind == "step"), None)

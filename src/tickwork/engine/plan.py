@@ -104,7 +104,7 @@ class Planner:
             return
         if lane is None:
             lane = self._lanes[request.lane] = Lane(request.lane)
-        lane.waiting.append(request)
+        lane.add(request)
 
     def set_share(self, name: str, share: float) -> None:
         """Set a lane's part of a busy device, in proportion to those of the others; 1 unless set. Room: any thread."""

@@ -28,6 +28,8 @@ class Request:
         whole: all logprobs must be known before any gradient (custom losses).
         tokens: tokens it brings in, for credits and windows.
         ends_lane: nothing is asked of the lane after it, so that no record of it need be kept.
+        number: its place in its lane, if it is one that a snapshot of the lane must know to include.
+        urgent: comes before what its lane holds, except what has begun.
     """
 
     kind: Kind
@@ -37,6 +39,8 @@ class Request:
     whole: bool = False
     tokens: int = 0
     ends_lane: bool = False
+    number: int | None = None
+    urgent: bool = False
     cancelled: bool = False
     received: float = 0.0
     future: Future[Any] = attrs.field(init=False)

@@ -144,6 +144,11 @@ class Counters:
         lane = self._lanes.get(name)
         return None if lane is None else lane.hint
 
+    def device_seconds(self, name: str) -> float:
+        """Return a lane's seconds of the device."""
+        lane = self._lanes.get(name)
+        return 0.0 if lane is None else lane.device
+
     def begin_cycle(self, requests: Iterable[Request]) -> None:
         """Count a window that closes, with the requests that it lets in."""
         self.cycles += 1

@@ -8,7 +8,14 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
-from tickwork.errors import CheckpointError, ClosedError, InvalidRequestError, ModelLoadError, TickworkError
+from tickwork.errors import (
+    CheckpointError,
+    ClosedError,
+    InvalidRequestError,
+    JournalError,
+    ModelLoadError,
+    TickworkError,
+)
 from tickwork.results import as_json
 
 PROTOBUF = "application/x-protobuf"
@@ -47,6 +54,8 @@ def refusal(error: Exception, error_id: str = "") -> Response:
         return reply({"detail": str(error), "category": error.category}, 404)
     if isinstance(error, InvalidRequestError | ModelLoadError):
         return reply({"detail": str(error), "category": error.category}, 422)
+    if isinstance(error, JournalError):
+        return reply({"detail": str(error), "category": error.category}, 503, {"retry-after": "5"})
     if isinstance(error, ClosedError):
         return stopping()
     what = str(error) if isinstance(error, TickworkError) else "an error inside the server; its log says more"

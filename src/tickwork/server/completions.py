@@ -14,6 +14,8 @@ from tickwork.server.answers import HttpError
 CLONE = 1_000_000_000
 # Clients that share one sampler.
 MOST_CLIENTS = 4096
+# More than one run of the server ever tells.
+RUN = 2**32
 
 
 @attrs.define(eq=False)
@@ -30,6 +32,7 @@ class Completions:
 
     def __init__(self) -> None:
         self._lines: dict[int, _Line] = {}
+        self._first = 0
 
     def check(self, clone: int) -> None:
         """Make sure that there is room for a client.
@@ -46,6 +49,14 @@ class Completions:
         line.events.append((line.last, request_id, failed))
         line.changed.set()
         line.changed = trio.Event()
+
+    def begin(self, boots: int) -> None:
+        """Number what is told from here on past all that an earlier run of the server has told.
+
+        Args:
+            boots: how many runs there were, with this one.
+        """
+        self._lines, self._first = {}, boots * RUN
 
     async def since(self, clone: int, cursor: int, seconds: float) -> tuple[list[tuple[str, bool]], int]:
         """Return completions after ``cursor``, waiting for the first at most ``seconds``; and the new cursor.
@@ -72,4 +83,4 @@ class Completions:
     def _line(self, clone: int) -> _Line:
         if clone not in self._lines and len(self._lines) >= MOST_CLIENTS:
             raise HttpError(429, f"{MOST_CLIENTS} clients share this sampler: make another one")
-        return self._lines.setdefault(clone, _Line())
+        return self._lines.setdefault(clone, _Line(self._first))

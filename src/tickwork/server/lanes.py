@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import attrs
 import trio
 
-from tickwork.engine.portal import Portal
 from tickwork.engine.request import Request
-from tickwork.errors import InvalidRequestError, QueueFullError, TickworkError
+from tickwork.errors import InvalidRequestError, RequestFailedError, TickworkError
+from tickwork.journal.records import Record, SkippedRecord
+from tickwork.requests import CreateModel, Load
 from tickwork.server.answers import HttpError
+from tickwork.server.door import Door
+from tickwork.server.durable import Durable
 from tickwork.server.promises import Kind, Promise, Promises
 
 # Early requests that one lane holds; a client that skips that many numbers is not chunking a batch.
@@ -23,51 +27,40 @@ MOST_AHEAD = 2**16
 Ask = Request | TickworkError
 
 
-class Door:
-    """Posts requests to the engine in the order they are given, and holds them back while it is full."""
+class Keeper(Protocol):
+    """What a lane tells of its progress."""
 
-    def __init__(self, portal: Portal) -> None:
-        self._portal = portal
-        self._waiting: deque[tuple[Request, Promise]] = deque()
-        self._changed = trio.Event()
+    def settled(self, lane: Lane, /) -> None:
+        """Something of it is done."""
 
-    def post(self, request: Request, promise: Promise) -> None:
-        """Post a request; its promise follows it."""
-        if not self._waiting and self._posted(request, promise):
-            return
-        self._waiting.append((request, promise))
-        self._changed.set()
+    def covers(self, lane: Lane, promise: Promise, value: Any, error: BaseException | None, /) -> None:
+        """It has read a checkpoint, which may be gone when that is asked again.
 
-    def forget(self, request: Request) -> None:
-        """Post a clean-up past all bounds."""
-        self._portal.drop(request)
+        The promise is settled, and the lane opened, once that never happens.
+        """
 
-    async def run(self) -> None:
-        """Post what was held back, as the engine gets room."""
-        while True:
-            await self._changed.wait()
-            self._changed = trio.Event()
-            while self._waiting:
-                request, promise = self._waiting[0]
-                try:
-                    promise.follow(await self._portal.submit_async(request))
-                except TickworkError as error:
-                    promise.fail(error)
-                self._waiting.popleft()
 
-    def _posted(self, request: Request, promise: Promise) -> bool:
-        try:
-            promise.follow(self._portal.submit(request))
-        except QueueFullError:
-            return False
-        except TickworkError as error:
-            promise.fail(error)
-        return True
+@attrs.define(eq=False)
+class Held:
+    """A request between its arrival and its turn.
+
+    Args:
+        since: when it came.
+    """
+
+    ask: Ask
+    promise: Promise
+    since: float = attrs.Factory(trio.current_time)
+
+    @property
+    def durable(self) -> bool:
+        """Whether it is certain that it was asked."""
+        return self.promise.accepted.is_set()
 
 
 @attrs.define(eq=False)
 class Lane:
-    """The order of one training model's requests, which are numbered from 1.
+    """The order of one training model's requests, which are numbered from 0, its creation.
 
     A number that was given before gets the same promise again. One that comes early waits for those before it; if
     they do not come within the gap time, they are given up and the rest goes on.
@@ -75,6 +68,8 @@ class Lane:
     Args:
         model_id: whose requests.
         owner: whose model.
+        snapshots: take those of its model.
+        next: the number that comes next.
         told: whether its hint has been logged.
     """
 
@@ -82,14 +77,22 @@ class Lane:
     owner: str
     door: Door
     promises: Promises
-    next: int = 1
-    held: dict[int, tuple[Ask, Promise, float]] = attrs.Factory(dict)
+    durable: Durable
+    snapshots: Keeper
+    next: int = 0
+    held: dict[int, Held] = attrs.Factory(dict)
     given_up: set[int] = attrs.Factory(set)
     told: bool = False
+    running: dict[int, Promise] = attrs.Factory(dict)
+    broken: RequestFailedError | None = None
+    _due: deque[Held] = attrs.Factory(deque)
+    _shut: bool = False
+    _ended: bool = False
+    _at_end: Callable[[], None] | None = None
 
     def request_id(self, seq_id: int) -> str:
         """Name a request: the same number, the same name, whatever became of it."""
-        return f"{self.model_id}:r{seq_id}"
+        return request_id(self.model_id, seq_id)
 
     def check_number(self, seq_id: int) -> None:
         """Refuse a number that is no successor of any.
@@ -116,55 +119,144 @@ class Lane:
         if self.promises.weight(self.owner) > limit:
             raise HttpError(429, f"more than {limit} tokens are in flight: fetch results first", {"retry-after": "1"})
 
-    def take(self, seq_id: int, kind: Kind, make: Callable[[], Ask]) -> str:
-        """Take a request in and return its id.
+    def take(
+        self, seq_id: int, kind: Kind, make: Callable[[], Ask], also: Callable[[], Sequence[Record]] = tuple
+    ) -> Promise | None:
+        """Take a request in and return its promise; None if its number was taken before and its result is gone.
 
         Args:
             make: gives the request, or what is wrong with it.
+            also: gives what is written to the journal together with it.
         """
-        request_id = self.request_id(seq_id)
         if self.seen(seq_id):
-            return request_id
+            return self.promises.find(self.request_id(seq_id), self.owner)
+        if seq_id in self.given_up:
+            return self._late(seq_id, kind)
         ask = make()
         weight = ask.tokens if isinstance(ask, Request) else 0
-        promise = self.promises.make(request_id, self.owner, kind, weight)
-        if seq_id in self.given_up:
-            self.given_up.discard(seq_id)
-            late = f"request {seq_id} came after its turn was given up: send it as a new one"
-            promise.fail(InvalidRequestError(late))
-        elif seq_id > self.next:
-            self.held[seq_id] = (ask, promise, trio.current_time())
-        else:
-            self._run(ask, promise)
-            self._go_on()
-        return request_id
+        place = (self.model_id, seq_id)
+        promise = self.promises.make(self.request_id(seq_id), self.owner, kind, weight, place)
+        self.held[seq_id] = Held(ask, promise)
+        payload = ask.payload if isinstance(ask, Request) else ask
+        self.durable.accept(promise, payload, lambda: self._taken(seq_id, promise), also())
+        return promise
 
     def skip(self, gap_seconds: float) -> None:
         """Give up missing numbers for which others have waited long enough."""
-        if not self.held or trio.current_time() - min(since for _, _, since in self.held.values()) < gap_seconds:
+        if not self.held or self.next in self.held:
+            return
+        if trio.current_time() - min(held.since for held in self.held.values()) < gap_seconds:
             return
         first = min(self.held)
+        self.durable.note(SkippedRecord(self.model_id, self.next, first - 1))
         self.given_up.update(range(self.next, first))
         self.given_up = {number for number in self.given_up if number > first - MOST_AHEAD}
         self.next = first
         self._go_on()
 
-    def end(self) -> None:
-        """Fail what waits for numbers that will not come any more."""
-        held, self.held = self.held, {}
-        for _, promise, _ in held.values():
-            promise.fail(InvalidRequestError(f"its training model was let go before request {self.next} came"))
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits to be run."""
+        return not self._due and self.next not in self.held
+
+    def shut(self) -> None:
+        """Run nothing more until ``open``."""
+        self._shut = True
+
+    def open(self) -> None:
+        """Go on."""
+        self._shut = False
+        self._go_on()
+
+    def resume(self, due: Sequence[Held], early: Sequence[Held]) -> None:
+        """Take in what an earlier run of the server has accepted: what is to run next, and what waits for a number."""
+        self._due.extend(due)
+        for held in early:
+            assert held.promise.place is not None
+            self.held[held.promise.place[1]] = held
+
+    def after(self, request: Request, promise: Promise) -> None:
+        """Post a request of no number, a sample; while the lane is shut, as soon as it opens."""
+        if self._shut and self.broken is None:
+            self._due.append(Held(request, promise))
+        elif self.broken is not None:
+            promise.fail(self.broken)
+        else:
+            self.door.post(request, promise)
+
+    def break_off(self, why: RequestFailedError) -> None:
+        """Fail all that was and will be asked: the state of the model is lost."""
+        self.broken = why
+        self.open()
+
+    def end(self, then: Callable[[], None]) -> None:
+        """Fail what waits for numbers that have not come, and call ``then`` once all else has been posted."""
+        self._at_end, self._ended = then, True
+        self._go_on()
+
+    def _late(self, seq_id: int, kind: Kind) -> Promise:
+        self.given_up.discard(seq_id)
+        promise = self.promises.make(self.request_id(seq_id), self.owner, kind)
+        promise.fail(InvalidRequestError(f"request {seq_id} came after its turn was given up: send it as a new one"))
+        return promise
+
+    def _taken(self, seq_id: int, promise: Promise) -> None:
+        if promise.refusal is not None:
+            self.held.pop(seq_id, None)
+            self.promises.drop(promise, promise.refusal)
+        self._go_on()
 
     def _go_on(self) -> None:
-        while self.next in self.held:
-            ask, promise, _ = self.held.pop(self.next)
-            self._run(ask, promise)
+        while self.next in self.held and self.held[self.next].durable:
+            self._due.append(self.held.pop(self.next))
+            self.next += 1
+        while self._due and not self._shut:
+            self._run(self._due.popleft())
+        if self._ended:
+            self._finish()
 
-    def _run(self, ask: Ask, promise: Promise) -> None:
-        self.next += 1
+    def _finish(self) -> None:
+        for number in [number for number, held in self.held.items() if held.durable and number > self.next]:
+            why = InvalidRequestError(f"the model was let go before request {self.next} came")
+            self.held.pop(number).promise.fail(why)
+        if self._at_end is not None and not self._due and self.next not in self.held:
+            then, self._at_end = self._at_end, None
+            then()
+
+    def _run(self, held: Held) -> None:
+        ask, promise = held.ask, held.promise
         if promise.settled.is_set():
             return  # the server was stopping
-        if isinstance(ask, Request):
-            self.door.post(ask, promise)
+        if promise.place is not None and promise.place[0] == self.model_id:
+            number = promise.place[1]
+            self.running[number] = promise
+            promise.then(lambda _: self._settled(number))
+        if self.broken is not None:
+            promise.fail(self.broken)
+        elif isinstance(ask, Request):
+            self._post(ask, promise)
         else:
             promise.fail(ask)
+
+    def _settled(self, number: int) -> None:
+        del self.running[number]
+        self.snapshots.settled(self)
+
+    def _post(self, ask: Request, promise: Promise) -> None:
+        if self.durable.on and reads_checkpoint(ask.payload):
+            # What follows it may overwrite the checkpoint.
+            self.shut()
+            promise.keep = lambda promise, value, error: self.snapshots.covers(self, promise, value, error)
+        if promise.place is not None and promise.place[0] == self.model_id:
+            ask.number = promise.place[1]
+        self.door.post(ask, promise)
+
+
+def request_id(key: str, number: int) -> str:
+    """Name a request of a training model or a sampler."""
+    return f"{key}:r{number}"
+
+
+def reads_checkpoint(payload: Any) -> bool:
+    """Whether a request can not be done again once a checkpoint is gone."""
+    return isinstance(payload, Load) or (isinstance(payload, CreateModel) and payload.path is not None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError, TickworkError
+from tickwork.journal.records import Record
 from tickwork.server import strict
 from tickwork.server.answers import reply
 from tickwork.server.body import MOST_PLAIN, json_of, off_loop, read
@@ -38,17 +39,28 @@ def in_lane(kind: Kind, model: type[B]) -> Callable[[Callable[[Server, str, B], 
             where = _number(value)
             if where is None:
                 raise found
-            return numbered(server, owner, *where, kind, lambda _: found)
+            return await numbered(server, owner, *where, kind, lambda _: found)
 
         return route
 
     return route_of
 
 
-def numbered(
-    server: Server, owner: str, model_id: str, seq_id: int, kind: Kind, make: Callable[[str], Ask], weight: int = 0
+async def numbered(
+    server: Server,
+    owner: str,
+    model_id: str,
+    seq_id: int,
+    kind: Kind,
+    make: Callable[[str], Ask],
+    weight: int = 0,
+    also: Callable[[], Sequence[Record]] = tuple,
 ) -> Response:
-    """Put a request into its model's lane; what is wrong with it is told by its promise."""
+    """Put a request into its model's lane, and answer once that is durable; its promise tells what is wrong with it.
+
+    Args:
+        also: gives what is written to the journal together with it.
+    """
     lane = server.sessions.model(model_id, owner).lane
     lane.check_number(seq_id)
     if not lane.seen(seq_id):
@@ -56,8 +68,10 @@ def numbered(
         if seq_id > lane.next or not lane.held:  # the next one is let in where others wait for it
             server.refuse_when_full(owner)
         lane.check_room(seq_id, weight, server.settings.max_tokens_in_flight)
-    request_id = lane.take(seq_id, kind, lambda: made(make, model_id))
-    return reply({"request_id": request_id, "model_id": model_id})
+    promise = lane.take(seq_id, kind, lambda: made(make, model_id), also)
+    if promise is not None:
+        await promise.taken()
+    return reply({"request_id": lane.request_id(seq_id), "model_id": model_id})
 
 
 def made(make: Callable[[str], Ask], model_id: str) -> Ask:

@@ -10,13 +10,16 @@ import attrs
 import orjson
 import trio
 
-from tickwork.errors import EngineStoppedError, RequestErrorCategory, RequestFailedError
+from tickwork.errors import EngineStoppedError, JournalError, RequestErrorCategory, RequestFailedError
 from tickwork.futures import Future
 from tickwork.results import as_json
 from tickwork.server.in_flight import InFlight
 
 log = logging.getLogger("tickwork.server")
 
+Place = tuple[str, int] | None
+# Takes a promise with its value or its error.
+Keep = Callable[["Promise", Any, BaseException | None], None]
 # A result's forms: JSON always, protobuf where the SDK wants it.
 Encode = Callable[[Any], bytes]
 
@@ -29,16 +32,22 @@ class Kind:
         name: for the log.
         json: the result as JSON.
         proto: the result as protobuf, or None where there is no such form.
+        text: what a journal calls it; its name unless given.
     """
 
     name: str
     json: Encode
     proto: Encode | None = None
+    text: str = attrs.field()
+
+    @text.default
+    def _its_name(self) -> str:
+        return self.name
 
 
-def plain(name: str, shape: Callable[[Any], Any] = as_json) -> Kind:
+def plain(name: str, shape: Callable[[Any], Any] = as_json, text: str | None = None) -> Kind:
     """Make a kind that answers with a JSON object of ``type`` and what ``shape`` gives."""
-    return Kind(name, lambda value: orjson.dumps({"type": name, **shape(value)}))
+    return Kind(name, lambda value: orjson.dumps({"type": name, **shape(value)}), None, text or name)
 
 
 @attrs.define(eq=False)
@@ -48,6 +57,10 @@ class Promise:
     Args:
         owner: whose it is; nobody else may fetch it.
         weight: tokens that count against its owner until it is fetched, or forgotten because nobody fetched it.
+        place: its lane and number in the journal, if it is to be found there.
+        keep: given what becomes of it, to settle it once that is durable; without, it settles at once.
+        accepted: set once it is durable, or refused; until then nobody is told its id.
+        refusal: why it was not taken after all.
 
     Room: the engine's thread, which is also the server's.
     """
@@ -56,6 +69,10 @@ class Promise:
     owner: str
     kind: Kind
     weight: int = 0
+    place: Place = None
+    keep: Keep | None = None
+    accepted: trio.Event = attrs.Factory(trio.Event)
+    refusal: JournalError | None = None
     settled: trio.Event = attrs.Factory(trio.Event)
     value: Any = None
     error: BaseException | None = None
@@ -71,14 +88,22 @@ class Promise:
         future.add_done_callback(self._take)
 
     def fail(self, error: BaseException) -> None:
-        """Settle with an error."""
-        self.error = error
-        self._settle()
+        """End with an error."""
+        self._end(None, error)
 
     def fulfil(self, value: Any) -> None:
-        """Settle with a value."""
-        self.value = value
-        self._settle()
+        """End with a value."""
+        self._end(value, None)
+
+    async def taken(self) -> None:
+        """Wait until it is durable that this was asked.
+
+        Raises:
+            JournalError: it is not, and never will be.
+        """
+        await self.accepted.wait()
+        if self.refusal is not None:
+            raise self.refusal
 
     def then(self, call: Callable[[Promise], None]) -> None:
         """Call ``call(self)`` once settled, or at once."""
@@ -109,12 +134,17 @@ class Promise:
 
     def _take(self, future: Future[Any]) -> None:
         error = future.future().exception()
-        if error is None:
-            self.value = future.future().result()
-        self.error = error
-        self._settle()
+        self._end(None if error is not None else future.future().result(), error)
 
-    def _settle(self) -> None:
+    def _end(self, value: Any, error: BaseException | None) -> None:
+        if self.keep is None:
+            self.settle(value, error)
+        else:
+            self.keep(self, value, error)
+
+    def settle(self, value: Any, error: BaseException | None) -> None:
+        """Show what became of it."""
+        self.value, self.error = value, error
         if self.error is not None and not isinstance(self.error, RequestFailedError):
             log.error("%s failed", self.request_id, exc_info=self.error)
         self.settled_at = trio.current_time()
@@ -149,9 +179,11 @@ class Promises:
     def __iter__(self) -> Iterator[Promise]:
         return iter(list(self._all.values()))
 
-    def make(self, request_id: str, owner: str, kind: Kind, weight: int = 0) -> Promise:
+    def make(self, request_id: str, owner: str, kind: Kind, weight: int = 0, place: Place = None) -> Promise:
         """Record a new promise, in place of one of that id."""
-        promise = Promise(request_id, owner, kind, weight)
+        promise = Promise(request_id, owner, kind, weight, place)
+        if place is None:
+            promise.accepted.set()
         if (former := self._all.get(request_id)) is not None:
             self._forget(former)
         self._all[request_id] = promise
@@ -197,6 +229,19 @@ class Promises:
         for promise in self:
             if promise.settled.is_set() and promise.request_id.partition(":")[0] in sessions:
                 self._forget(promise)
+
+    def drop(self, promise: Promise, why: JournalError) -> None:
+        """Forget a promise that nobody was told of."""
+        promise.refusal = why
+        self._forget(promise)
+        promise.keep = None
+        promise.fail(why)
+        promise.accepted.set()
+
+    def leave(self, promise: Promise) -> None:
+        """Wait no longer for a promise: another run of the server will keep it."""
+        self.unfetched.discard(promise)
+        self._settle(promise)
 
     def stop(self) -> None:
         """Fail what waits for an earlier request of its model: a stopping server takes none in any more."""

@@ -23,16 +23,17 @@ async def retrieve_future(server: Server, owner: str, request: HttpRequest) -> R
     if promise is None:
         raise _gone(ask.request_id)
     if not await _settled(server, promise):
+        server.refuse_when_stuck()
         waiting = {"type": "try_again", "request_id": promise.request_id, "queue_state": "active"}
         return reply(waiting, 408)
     if promise.error is not None:
-        server.promises.fetched(promise)
+        server.fetched(promise)
         return reply(promise.failure())
     proto = PROTOBUF in request.headers.get("accept", "")
     payload = await off_loop(promise.bulk, lambda: promise.encoded(proto=proto))
     if ask.allow_metadata_only and len(payload) > INLINE_BYTES:
         return reply({"status": "complete_metadata", "response_payload_size": len(payload)})
-    server.promises.fetched(promise)
+    server.fetched(promise)
     media = PROTOBUF if proto and promise.kind.proto is not None else "application/json"
     return Response(payload, media_type=media)
 
@@ -47,7 +48,7 @@ async def retrieve_futures(server: Server, owner: str, request: HttpRequest) -> 
         if promise is None or not promise.settled.is_set():
             continue
         if request_id.startswith(f"{sampler.sampling_session_id}:"):
-            server.promises.fetched(promise)
+            server.fetched(promise)
     seconds = server.settings.poll_seconds if ask.timeout is None else min(ask.timeout, server.settings.poll_seconds)
     found, cursor = await sampler.completions.since(ask.target.cloned_sampler_id, ask.prev_cursor, seconds)
     done = [{"state": "failed" if failed else "finished", "request_id": name} for name, failed in found]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 
+import attrs
 import trio
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -11,23 +13,18 @@ from starlette.responses import Response
 from tickwork import build
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError, TickworkError
+from tickwork.journal.records import LaneRecord
 from tickwork.requests import CreateModel, Save
 from tickwork.results import GetInfoResponse
 from tickwork.server import bodies
 from tickwork.server.answers import HttpError, reply
-from tickwork.server.lanes import Ask, Lane
-from tickwork.server.numbered import in_lane, numbered
-from tickwork.server.promises import Kind, plain
+from tickwork.server.kinds import CREATE, CREATE_BY_LOAD, LOAD, SAVE, SAVE_EXTERNAL, UNLOAD
+from tickwork.server.lanes import Ask, request_id
+from tickwork.server.numbered import in_lane, made, numbered
+from tickwork.server.promises import Kind
 from tickwork.server.server import Server, public_name
-from tickwork.server.sessions import Model, Session
+from tickwork.server.session import Model, Session
 from tickwork.types import LoraConfig
-
-CREATE = plain("create_model", lambda info: {"model_id": info.model_id})
-CREATE_BY_LOAD = plain("load_weights", lambda info: {"model_id": info.model_id})
-SAVE = plain("save_weights")
-SAVE_EXTERNAL = plain("save_weights_external")
-LOAD = plain("load_weights")
-UNLOAD = plain("unload_model", lambda model_id: {"model_id": model_id})
 
 
 async def create_model(server: Server, owner: str, request: HttpRequest) -> Response:
@@ -37,7 +34,9 @@ async def create_model(server: Server, owner: str, request: HttpRequest) -> Resp
     lora = ask.lora_config
 
     def make(model_id: str) -> Request:
-        shape = LoraConfig(lora.rank, lora.seed, lora.train_unembed, lora.train_mlp, lora.train_attn)
+        # Drawn here, so that the same model is made again after a crash.
+        seed = secrets.randbits(31) if lora.seed is None else lora.seed
+        shape = LoraConfig(lora.rank, seed, lora.train_unembed, lora.train_mlp, lora.train_attn)
         wanted = CreateModel(
             model_id,
             server.base_model(ask.base_model),
@@ -49,7 +48,7 @@ async def create_model(server: Server, owner: str, request: HttpRequest) -> Resp
         )
         return build.create_model(wanted, ask.optimizer_config)
 
-    return _created(server, session, ask.model_seq_id, CREATE, make)
+    return await _created(server, session, ask.model_seq_id, CREATE, make)
 
 
 @in_lane(LOAD, bodies.LoadWeights)
@@ -57,7 +56,7 @@ async def load_weights(server: Server, owner: str, ask: bodies.LoadWeights) -> R
     """Promise a checkpoint's weights in a living training model, or in a new one."""
     denied = await _denied(server, ask, owner)
     if ask.model_id is None:
-        return _created_by_load(server, owner, ask, denied)
+        return await _created_by_load(server, owner, ask, denied)
     if ask.seq_id is None:
         raise InvalidRequestError("is needed with model_id", field="seq_id")
 
@@ -67,7 +66,7 @@ async def load_weights(server: Server, owner: str, ask: bodies.LoadWeights) -> R
                 raise InvalidRequestError("is for a new model: leave it out beside model_id", field=name)
         return denied or build.load(model_id, ask.path, ask.optimizer)
 
-    return numbered(server, owner, ask.model_id, ask.seq_id, LOAD, make)
+    return await numbered(server, owner, ask.model_id, ask.seq_id, LOAD, make)
 
 
 async def get_info(server: Server, owner: str, request: HttpRequest) -> Response:
@@ -101,9 +100,11 @@ async def save_weights(server: Server, owner: str, ask: bodies.SaveWeights) -> R
     """Promise a checkpoint with its optimizer's state."""
 
     def make(model_id: str) -> Request:
-        return build.save(Save(model_id, "weights", ask.path, ask.ttl_seconds, ask.overwrite, ask.user_metadata))
+        mine = request_id(model_id, ask.seq_id)
+        wanted = Save(model_id, "weights", ask.path, ask.ttl_seconds, ask.overwrite, ask.user_metadata, request_id=mine)
+        return build.save(wanted)
 
-    return numbered(server, owner, ask.model_id, ask.seq_id, SAVE, make)
+    return await numbered(server, owner, ask.model_id, ask.seq_id, SAVE, make)
 
 
 @in_lane(SAVE_EXTERNAL, bodies.SaveWeightsExternal)
@@ -112,9 +113,10 @@ async def save_weights_external(server: Server, owner: str, ask: bodies.SaveWeig
     recipients = tuple(ask.age_encryption_recipients or ())
 
     def make(model_id: str) -> Request:
-        return build.save(Save(model_id, "external_weights", ask.path, ask.ttl_seconds, recipients=recipients))
+        wanted = Save(model_id, "external_weights", ask.path, ask.ttl_seconds, recipients=recipients)
+        return build.save(attrs.evolve(wanted, request_id=request_id(model_id, ask.seq_id)))
 
-    return numbered(server, owner, ask.model_id, ask.seq_id, SAVE_EXTERNAL, make)
+    return await numbered(server, owner, ask.model_id, ask.seq_id, SAVE_EXTERNAL, make)
 
 
 async def unload_model(server: Server, owner: str, request: HttpRequest) -> Response:
@@ -122,12 +124,15 @@ async def unload_model(server: Server, owner: str, request: HttpRequest) -> Resp
     ask = await server.parse(bodies.UnloadModel, request)
     model = server.sessions.model(ask.model_id, owner)
     server.sessions.release(model)
+    await server.durable.put(model.record)
     promise = server.promises.make(f"{ask.model_id}:unload", owner, UNLOAD)
     promise.fulfil(ask.model_id)
     return reply({"request_id": promise.request_id, "model_id": ask.model_id})
 
 
-def _created_by_load(server: Server, owner: str, ask: bodies.LoadWeights, denied: TickworkError | None) -> Response:
+async def _created_by_load(
+    server: Server, owner: str, ask: bodies.LoadWeights, denied: TickworkError | None
+) -> Response:
     if ask.session_id is None or ask.model_seq_id is None or ask.seq_id is not None:
         raise InvalidRequestError("model_id and seq_id, or session_id and model_seq_id, are needed", field="model_id")
     session = server.sessions.living(ask.session_id, owner)
@@ -148,21 +153,29 @@ def _created_by_load(server: Server, owner: str, ask: bodies.LoadWeights, denied
         )
         return build.create_model(wanted, ask.optimizer_config)
 
-    return _created(server, session, ask.model_seq_id, CREATE_BY_LOAD, make)
+    return await _created(server, session, ask.model_seq_id, CREATE_BY_LOAD, make)
 
 
-def _created(server: Server, session: Session, number: int, kind: Kind, make: Callable[[str], Request]) -> Response:
+async def _created(
+    server: Server, session: Session, number: int, kind: Kind, make: Callable[[str], Request]
+) -> Response:
     model_id = f"{session.session_id}:train:{number}"
-    request_id = f"{model_id}:r0"
     if number not in session.models:
         server.refuse_when_stopping()
         server.refuse_when_full(session.owner)
         server.sessions.check_model(session, server.settings.max_models)
         server.engine.set_share(model_id, server.settings.keys.share(session.owner))
-        created = server.promise(request_id, session.owner, kind, lambda: make(model_id))
-        lane = Lane(model_id, session.owner, server.door, server.promises)
-        server.sessions.add_model(number, Model(model_id, session, lane, created))
-    return reply({"request_id": request_id, "model_id": model_id})
+        lane = server.lane(model_id, session.owner)
+        ask = made(make, model_id)
+        about = LaneRecord(model_id, session.owner, session.session_id, number)
+        if isinstance(ask, Request):
+            about = attrs.evolve(about, base_model=ask.payload.base_model, lora=ask.payload.lora)
+        created = lane.take(0, kind, lambda: ask, lambda: [about])
+        assert created is not None
+        server.sessions.add_model(number, Model(model_id, session, number, lane, created, about))
+    model = session.models[number]
+    await model.created.taken()
+    return reply({"request_id": model.lane.request_id(0), "model_id": model_id})
 
 
 async def _denied(server: Server, ask: bodies.LoadWeights, owner: str) -> TickworkError | None:

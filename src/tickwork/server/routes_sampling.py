@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
+
+import attrs
 import trio
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -10,17 +13,17 @@ from tickwork import build
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError, RequestFailedError
 from tickwork.requests import OpenSampler, Sample, Save
-from tickwork.results import SampleResponse
-from tickwork.server import bodies, bodies_sampling, wire
+from tickwork.server import bodies, bodies_sampling, kinds
 from tickwork.server.answers import HttpError, reply
 from tickwork.server.completions import CLONE
+from tickwork.server.kinds import SAVE_SAMPLER
+from tickwork.server.lanes import request_id
 from tickwork.server.numbered import in_lane, numbered
-from tickwork.server.promises import Kind, Promise, plain
+from tickwork.server.promises import Promise, plain
 from tickwork.server.server import Server, public_name
-from tickwork.server.sessions import Sampler
+from tickwork.server.session import Sampler
 
 OPEN = plain("create_sampling_session", lambda _: {})
-SAVE_SAMPLER = plain("save_weights_for_sampler", lambda saved: {"path": saved.path})
 
 
 async def create_sampling_session(server: Server, owner: str, request: HttpRequest) -> Response:
@@ -36,10 +39,11 @@ async def create_sampling_session(server: Server, owner: str, request: HttpReque
             await server.in_thread(server.readable, ask.model_path, owner)
             meta = await server.in_thread(server.catalogue.meta, ask.model_path)
             base = base or server.base_model(meta.base_model)
-        sampler = Sampler(name, session, name, base, ask.model_path)
+        sampler = Sampler(name, session, number, name, base, ask.model_path)
         if number not in session.samplers:  # the same request may have come again meanwhile
             _open(server, sampler)
             server.sessions.add_sampler(number, sampler, server.settings.max_samplers)
+    await server.durable.put(session.samplers[number].record)
     return reply({"type": "create_sampling_session", "sampling_session_id": name})
 
 
@@ -47,14 +51,17 @@ async def create_sampling_session(server: Server, owner: str, request: HttpReque
 async def save_weights_for_sampler(server: Server, owner: str, ask: bodies.SaveWeightsForSampler) -> Response:
     """Promise a checkpoint for samplers or, without a name, a sampler of the weights as they are at this point."""
     if ask.path is not None:
-        return _named(server, owner, ask, ask.path)
-    return _ephemeral(server, owner, ask)
+        return await _named(server, owner, ask, ask.path)
+    return await _ephemeral(server, owner, ask)
 
 
 async def join_sampling_session(server: Server, owner: str, request: HttpRequest) -> Response:
     """Give one more client of a sampler a number of its own."""
     ask = await server.parse(bodies_sampling.JoinSamplingSession, request)
-    return reply({"client_counter": next(server.sessions.sampler(ask.sampling_session_id, owner).clones)})
+    sampler = server.sessions.sampler(ask.sampling_session_id, owner)
+    sampler.clones = number = sampler.clones + 1
+    await server.durable.put(sampler.record)
+    return reply({"client_counter": number})
 
 
 async def get_sampler(server: Server, owner: str, request: HttpRequest) -> Response:
@@ -69,37 +76,36 @@ async def sample(server: Server, owner: str, request: HttpRequest) -> Response:
     """Promise samples."""
     ask = await server.parse(bodies_sampling.Sample, request, None)
     sampler = server.sessions.sampler(ask.sampling_session_id, owner)
-    request_id = f"{sampler.sampling_session_id}:r{ask.seq_id}"
-    if server.promises.find(request_id, owner) is None:
+    name = request_id(sampler.sampling_session_id, ask.seq_id)
+    promise = server.promises.find(name, owner)
+    if promise is None:
         server.refuse_when_stopping()
         if sampler.session.ended is not None:
             raise HttpError(404, f"session {sampler.session.session_id!r} was closed: {sampler.session.ended}")
         server.refuse_when_full(owner)
         sampler.completions.check(ask.seq_id // CLONE)
-        _draw(server, sampler, ask, request_id)
-    return reply({"request_id": request_id, "sample_sequence_ids": _sequence_ids(request_id, ask.num_samples)})
+        promise = _draw(server, sampler, ask, name)
+    await promise.taken()
+    return reply({"request_id": name, "sample_sequence_ids": kinds.sequence_ids(name, ask.num_samples)})
 
 
-def _draw(server: Server, sampler: Sampler, ask: bodies_sampling.Sample, request_id: str) -> None:
-    payload = ask.payload(sampler.sampling_session_id)
-    weight, most = _weight(server, sampler, payload), server.settings.max_tokens_in_flight
+def _draw(server: Server, sampler: Sampler, ask: bodies_sampling.Sample, name: str) -> Promise:
+    payload = seeded(ask.payload(sampler.sampling_session_id))
+    weight, most = weight_of(server, sampler, payload), server.settings.max_tokens_in_flight
     if weight > most:
         raise InvalidRequestError(
             f"{weight} tokens, prompt and samples; {most} are the most at once", field="max_tokens"
         )
     if server.promises.weight(sampler.session.owner) + weight > most:
         raise HttpError(429, "too many tokens are in flight: samples are taken as others end", {"retry-after": "1"})
-    sampler.used = trio.current_time()
-    promise = server.promises.make(request_id, sampler.session.owner, _kind(request_id, payload), weight)
-    promise.then(lambda done: sampler.completions.add(ask.seq_id, request_id, failed=done.error is not None))
-    lost = _hold(server, sampler)
-    if lost is not None:
-        promise.fail(lost)
-    else:
-        server.door.post(Request("sample", sampler.lane, payload, tokens=len(payload.prompt)), promise)
+    place = (sampler.sampling_session_id, ask.seq_id)
+    kind = kinds.sample(name, payload.num_samples)
+    promise = server.promises.make(name, sampler.session.owner, kind, weight, place)
+    server.durable.accept(promise, payload, lambda: draw(server, sampler, payload, promise))
+    return promise
 
 
-def _weight(server: Server, sampler: Sampler, payload: Sample) -> int:
+def weight_of(server: Server, sampler: Sampler, payload: Sample) -> int:
     """Return the tokens of a prompt and of its samples, which are no longer than the model's context."""
     context = server.contexts.get(sampler.base_model or "", 0)
     asked = payload.params.max_tokens
@@ -107,17 +113,36 @@ def _weight(server: Server, sampler: Sampler, payload: Sample) -> int:
     return len(payload.prompt) + payload.num_samples * max(0, longest)
 
 
-def _kind(request_id: str, payload: Sample) -> Kind:
-    names = _sequence_ids(request_id, payload.num_samples)
-
-    def json(answer: SampleResponse) -> bytes:
-        return wire.sample_json(answer, names)
-
-    return Kind("sample", json, lambda answer: wire.sample_proto(answer, names))
+def seeded(payload: Sample) -> Sample:
+    """Draw the seed of a request that has none, so that the same tokens are drawn again after a crash."""
+    if payload.params.seed is not None:
+        return payload
+    return attrs.evolve(payload, params=attrs.evolve(payload.params, seed=secrets.randbits(63)))
 
 
-def _sequence_ids(request_id: str, count: int) -> list[str]:
-    return [f"{request_id}:{index}" for index in range(count)]
+def draw(server: Server, sampler: Sampler, payload: Sample, promise: Promise) -> None:
+    """Let an accepted request be drawn, unless it was not accepted after all."""
+    if promise.refusal is not None:
+        server.promises.drop(promise, promise.refusal)
+        return
+    sampler.used = trio.current_time()
+    announce(sampler, promise)
+    lost = _hold(server, sampler)
+    request = Request("sample", sampler.lane, payload, tokens=len(payload.prompt))
+    model = server.sessions.model_of(sampler)
+    if lost is not None:
+        promise.fail(lost)
+    elif model is not None:
+        model.lane.after(request, promise)
+    else:
+        server.door.post(request, promise)
+
+
+def announce(sampler: Sampler, promise: Promise) -> None:
+    """Tell of a request when it is done, to clients that ask about all of a sampler's at once."""
+    assert promise.place is not None
+    number = promise.place[1]
+    promise.then(lambda done: sampler.completions.add(number, done.request_id, failed=done.error is not None))
 
 
 def _hold(server: Server, sampler: Sampler) -> RequestFailedError | None:
@@ -144,18 +169,19 @@ def _open(server: Server, sampler: Sampler) -> None:
     server.promises.fetched(sampler.opened)  # no client knows of it
 
 
-def _named(server: Server, owner: str, ask: bodies.SaveWeightsForSampler, name: str) -> Response:
+async def _named(server: Server, owner: str, ask: bodies.SaveWeightsForSampler, name: str) -> Response:
     def make(model_id: str) -> Request:
         if ask.sampling_session_seq_id is not None:
             raise InvalidRequestError("is for a sampler without a name: leave it out", field="sampling_session_seq_id")
         if ask.kind != "snapshot":
             raise InvalidRequestError(f"{ask.kind!r} has no name: leave path out", field="kind")
-        return build.save(Save(model_id, "sampler_weights", name, ask.ttl_seconds, user_metadata=ask.user_metadata))
+        wanted = Save(model_id, "sampler_weights", name, ask.ttl_seconds, user_metadata=ask.user_metadata)
+        return build.save(attrs.evolve(wanted, request_id=request_id(model_id, ask.seq_id)))
 
-    return numbered(server, owner, ask.model_id, ask.seq_id, SAVE_SAMPLER, make)
+    return await numbered(server, owner, ask.model_id, ask.seq_id, SAVE_SAMPLER, make)
 
 
-def _ephemeral(server: Server, owner: str, ask: bodies.SaveWeightsForSampler) -> Response:
+async def _ephemeral(server: Server, owner: str, ask: bodies.SaveWeightsForSampler) -> Response:
     model = server.sessions.model(ask.model_id, owner)
     session, number = model.session, ask.sampling_session_seq_id
     name = f"{session.session_id}:sample:{number}"
@@ -168,15 +194,20 @@ def _ephemeral(server: Server, owner: str, ask: bodies.SaveWeightsForSampler) ->
             raise InvalidRequestError("path or sampling_session_seq_id is needed", field="path")
         if number in session.samplers:
             raise InvalidRequestError(f"{number} is taken", field="sampling_session_seq_id")
-        sampler = Sampler(name, session, model_id)
-        model.created.then(lambda created: _know_base(sampler, created))
+        sampler = Sampler(name, session, number, model_id)
+        know_base(sampler, model.created)
         server.sessions.add_sampler(number, sampler, server.settings.max_samplers)
         return Request("step", model_id, OpenSampler(name, model_id=model_id, inflight=ask.kind == "inflight"))
 
     kind = plain("save_weights_for_sampler", lambda _: {"path": None, "sampling_session_id": name})
-    return numbered(server, owner, ask.model_id, ask.seq_id, kind, make)
+    return await numbered(server, owner, ask.model_id, ask.seq_id, kind, make)
 
 
-def _know_base(sampler: Sampler, created: Promise) -> None:
-    if created.error is None:
-        sampler.base_model = created.value.model_name
+def know_base(sampler: Sampler, created: Promise) -> None:
+    """Note the base model of a sampler that was taken of a training model, once that is made."""
+
+    def note(created: Promise) -> None:
+        if created.error is None:
+            sampler.base_model = created.value.model_name
+
+    created.then(note)

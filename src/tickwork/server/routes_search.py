@@ -12,7 +12,7 @@ from tickwork.results import Checkpoint
 from tickwork.server import bodies_search as bodies
 from tickwork.server.answers import reply
 from tickwork.server.server import Server
-from tickwork.server.sessions import Session
+from tickwork.server.session import Session
 
 
 async def search_sessions(server: Server, owner: str, request: HttpRequest) -> Response:

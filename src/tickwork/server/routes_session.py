@@ -47,6 +47,7 @@ async def create_session(server: Server, owner: str, request: HttpRequest) -> Re
         project_id=ask.project_id,
         sdk_version=ask.sdk_version,
     )
+    await server.durable.put(session.record)
     return reply({"type": "create_session", "session_id": session.session_id})
 
 
@@ -66,6 +67,7 @@ async def finish_session(server: Server, owner: str, request: HttpRequest) -> Re
     session = server.sessions.find(request.path_params["session_id"], owner)
     session.finish = {"type": "client_finished", "reason": {"type": ask.reason.type}, "detail": ask.detail}
     server.sessions.end(session, f"its client finished it ({ask.reason.type})")
+    await server.durable.put(session.record)
     return reply({})
 
 
@@ -95,6 +97,7 @@ async def assign_project(server: Server, owner: str, request: HttpRequest) -> Re
     session = server.sessions.find(request.path_params["session_id"], owner)
     session.project_id = ask.project_id
     await server.in_thread(server.catalogue.set_project, session.session_id, ask.project_id)
+    await server.durable.put(session.record)
     return reply({})
 
 

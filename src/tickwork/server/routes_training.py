@@ -10,16 +10,18 @@ from starlette.responses import Response
 from tickwork import build
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError
-from tickwork.requests import MakeLoss
+from tickwork.journal.losses import MadeLoss
+from tickwork.journal.records import LossRecord
+from tickwork.requests import LossGraph, MakeLoss
 from tickwork.server import bodies, wire
 from tickwork.server.answers import PROTOBUF, reply
 from tickwork.server.body import TooLargeError, json_of, off_loop, read
+from tickwork.server.kinds import OPTIM, PASS
 from tickwork.server.numbered import in_lane, made, numbered, weight_of
-from tickwork.server.promises import Kind, Promise, plain
+from tickwork.server.promises import Promise, plain
 from tickwork.server.server import Server
+from tickwork.server.session import Session, loss_id
 
-PASS = Kind("forward_backward", wire.training_json, wire.training_proto)
-OPTIM = plain("optim_step")
 # Bytes of a custom loss.
 MOST_LOSS = 2**18
 
@@ -37,7 +39,7 @@ async def forward(server: Server, owner: str, request: HttpRequest) -> Response:
 @in_lane(OPTIM, bodies.OptimStep)
 async def optim_step(server: Server, owner: str, ask: bodies.OptimStep) -> Response:
     """Promise an optimizer step."""
-    return numbered(
+    return await numbered(
         server, owner, ask.model_id, ask.seq_id, OPTIM, lambda model_id: build.optim_step(model_id, ask.params())
     )
 
@@ -46,21 +48,30 @@ async def create_custom_loss(server: Server, owner: str, request: HttpRequest) -
     """Promise a loss that was sent as a graph."""
     ask = await server.parse(bodies.CreateCustomLoss, request, MOST_LOSS)
     session = server.sessions.living(ask.session_id, owner)
-    loss_id = f"{session.session_id}:loss:{ask.custom_loss_seq_id}"
-    if ask.custom_loss_seq_id not in session.made_losses:
+    number = ask.custom_loss_seq_id
+    name, graph = loss_id(session, number), ask.loss_graph()
+    if number not in session.made_losses:
         server.refuse_when_stopping()
         server.refuse_when_full(owner)
         server.sessions.check_loss(session)
+        make_loss(server, session, number, graph)
+    await server.durable.put(LossRecord(name, owner, session.session_id, number, graph))
+    return reply({"request_id": name})
 
-        def keep(promise: Promise) -> None:
-            if promise.error is None and session.ended is None:
-                session.losses[loss_id] = promise.value
 
-        kind = plain("create_custom_loss", lambda _: {"loss_id": loss_id})
-        promise = server.promise(loss_id, owner, kind, lambda: Request("step", loss_id, MakeLoss(ask.loss_graph())))
-        promise.then(keep)
-        session.made_losses[ask.custom_loss_seq_id] = promise
-    return reply({"request_id": loss_id})
+def make_loss(server: Server, session: Session, number: int, graph: LossGraph) -> Promise:
+    """Promise a loss of a graph, which the session's passes may then name."""
+    name = loss_id(session, number)
+
+    def keep(promise: Promise) -> None:
+        if promise.error is None and session.ended is None:
+            session.losses[name] = MadeLoss(name, promise.value)
+
+    kind = plain("create_custom_loss", lambda _: {"loss_id": name})
+    promise = server.promise(name, session.owner, kind, lambda: Request("step", name, MakeLoss(graph)))
+    promise.then(keep)
+    session.made_losses[number] = promise
+    return promise
 
 
 async def _pass(server: Server, owner: str, request: HttpRequest, *, forward_only: bool) -> Response:
@@ -68,7 +79,7 @@ async def _pass(server: Server, owner: str, request: HttpRequest, *, forward_onl
     try:
         raw = await read(request, server.settings)
     except TooLargeError as error:
-        _use_up(server, owner, error)
+        await _use_up(server, owner, error)
         raise
     if proto:
         most = wire.Most(server.settings.chunk_datums, server.settings.max_tokens_in_flight)
@@ -77,7 +88,7 @@ async def _pass(server: Server, owner: str, request: HttpRequest, *, forward_onl
         found = await off_loop(len(raw), lambda: wire.open_training_json(json_of(raw), forward_only=forward_only))
     losses = server.sessions.model(found.model_id, owner).session.losses
     ask = await off_loop(len(raw), lambda: made(lambda _: _pass_request(found, losses), found.model_id))
-    return numbered(server, owner, found.model_id, found.seq_id, PASS, lambda _: ask, weight_of(ask))
+    return await numbered(server, owner, found.model_id, found.seq_id, PASS, lambda _: ask, weight_of(ask))
 
 
 def _pass_request(found: wire.TrainingBody, losses: dict[str, Any]) -> Request:
@@ -92,9 +103,9 @@ def _pass_request(found: wire.TrainingBody, losses: dict[str, Any]) -> Request:
     return build.forward_backward(found.model_id, ask.data, loss_fn, config, not ask.forward_only)
 
 
-def _use_up(server: Server, owner: str, error: TooLargeError) -> None:
+async def _use_up(server: Server, owner: str, error: TooLargeError) -> None:
     """Fail the number that a refused body carried: its client has used it up, and goes on with the next."""
     where = wire.peek_training(error.head)
     if where is not None:
         too_large = InvalidRequestError(error.detail)
-        numbered(server, owner, *where, PASS, lambda _: too_large)
+        await numbered(server, owner, *where, PASS, lambda _: too_large)

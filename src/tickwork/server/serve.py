@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sqlite3
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +16,15 @@ from tickwork.catalogue import Catalogue
 from tickwork.clients.host import Host, make_engine
 from tickwork.clients.nursery import hosted
 from tickwork.engine.engine import Engine
+from tickwork.errors import JournalError
 from tickwork.futures import Inner
+from tickwork.journal.journal import Journal
 from tickwork.models import give_name
 from tickwork.server.app import make_app
+from tickwork.server.door import Door
+from tickwork.server.durable import Durable
 from tickwork.server.http import serve_http
-from tickwork.server.lanes import Door
+from tickwork.server.recovery import recover
 from tickwork.server.server import Server
 from tickwork.server.settings import Settings
 
@@ -51,10 +56,31 @@ async def run(settings: Settings, stop: Stop, task_status: trio.TaskStatus[str] 
     listener = _listen(settings)
     host = Host(_engine(catalogue, settings), catalogue)
     with listener:
-        async with hosted(host):
-            await _load(host, settings)
-            server = Server(settings, Door(host.portal), catalogue, host.engine)
-            await _serve(server, listener, stop, task_status)
+        durable = Durable(await trio.to_thread.run_sync(open_journal, settings), optional=settings.journal_optional)
+        try:
+            async with hosted(host):
+                await _load(host, settings)
+                server = Server(settings, Door(host.portal), catalogue, host.engine, durable)
+                await _serve(server, listener, stop, task_status)
+        finally:
+            durable.close()
+
+
+def open_journal(settings: Settings) -> Journal | None:
+    """Open the journal of the store; None where there is none, or it can not be written and need not be.
+
+    Raises:
+        JournalError: it can not be written; or, whatever the settings say, it is in use, damaged or of another version.
+    """
+    if settings.store is None or settings.journal is None:
+        return None
+    try:
+        return Journal(settings.store, durability=settings.journal)
+    except JournalError as error:
+        if not (settings.journal_optional and isinstance(error.__cause__, OSError | sqlite3.OperationalError)):
+            raise
+        log.critical("%s; nothing is kept, as was asked for", error)
+        return None
 
 
 def _engine(catalogue: Catalogue, settings: Settings) -> Engine:
@@ -91,6 +117,9 @@ async def _serve(server: Server, listener: socket.socket, stop: Stop, task_statu
     url = _url(server.settings.host, listener)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.door.run)
+        await nursery.start(server.durable.run)
+        if server.durable.journal is not None:
+            await recover(server, server.durable.journal)
         nursery.start_soon(server.sweep)
         async with trio.open_nursery() as http:
             most = server.settings.max_connections

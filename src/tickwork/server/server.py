@@ -20,11 +20,14 @@ from tickwork.models import context_length, locate
 from tickwork.results import ParsedCheckpointTinkerPath
 from tickwork.server import body, strict
 from tickwork.server.answers import HttpError, unknown
-from tickwork.server.lanes import Door, Lane
+from tickwork.server.door import Door
+from tickwork.server.durable import Durable
+from tickwork.server.lanes import Lane
 from tickwork.server.metrics import Metrics
 from tickwork.server.promises import Kind, Promise, Promises
 from tickwork.server.sessions import Sessions
 from tickwork.server.settings import Settings
+from tickwork.server.snapshots import Snapshots
 
 T = TypeVar("T")
 B = TypeVar("B", bound=strict.Body)
@@ -40,13 +43,15 @@ class Server:
     Room: the Trio run of the engine.
     """
 
-    def __init__(self, settings: Settings, door: Door, catalogue: Catalogue, engine: Engine) -> None:
+    def __init__(self, settings: Settings, door: Door, catalogue: Catalogue, engine: Engine, durable: Durable) -> None:
         self.settings = settings
+        self.durable = durable
+        self.snapshots = Snapshots(durable, engine, settings.snapshot_seconds)
         self.door = door
         self.catalogue = catalogue
         self.engine = engine
         self.promises = Promises(settings.max_results)
-        self.sessions = Sessions(door, self.promises.forget)
+        self.sessions = Sessions(door, durable, self.promises.forget)
         self.bodies = body.Bodies(settings.max_bodies)
         self.contexts = {name: context_length(name) or 0 for name in settings.models}
         self.under_way: dict[str, int] = {}
@@ -105,6 +110,15 @@ class Server:
             if not self.under_way[owner]:
                 del self.under_way[owner]
 
+    def refuse_when_stuck(self) -> None:
+        """Say why nothing more is shown, where results can not be written.
+
+        Raises:
+            HttpError: 503.
+        """
+        if self.durable.stuck:
+            raise HttpError(503, str(self.durable.failure), {"retry-after": "5"})
+
     def base_model(self, name: str) -> str:
         """Return a served base model by its name, or by the folder it was loaded from.
 
@@ -155,6 +169,16 @@ class Server:
         if record is None or record.owner != owner:
             raise CheckpointError(f"there is no {what}")
 
+    def lane(self, model_id: str, owner: str) -> Lane:
+        """Make the lane of a training model."""
+        self.engine.set_share(model_id, self.settings.keys.share(owner))
+        return Lane(model_id, owner, self.door, self.promises, self.durable, self.snapshots)
+
+    def fetched(self, promise: Promise) -> None:
+        """Note that a result is handed over."""
+        self.promises.fetched(promise)
+        self.durable.fetched(promise)
+
     async def in_thread(self, act: Callable[..., T], *args: Any) -> T:
         """Run what reads or changes the store in a worker thread."""
         return await trio.to_thread.run_sync(act, *args)
@@ -171,6 +195,7 @@ class Server:
             if rounds % 10 == 0:
                 self.promises.sweep(self.settings.result_seconds, self.settings.refetch_seconds)
                 self.sessions.sweep(self.settings.session_seconds, lambda name: name in self.promises)
+                self.durable.trim(self.settings.result_seconds, self.settings.refetch_seconds)
 
     def _tell(self, lane: Lane) -> None:
         """Log a lane's hint, once."""
@@ -181,10 +206,24 @@ class Server:
     async def drain(self) -> None:
         """Take no new work, finish what was accepted, and give clients a moment to fetch it."""
         self.stopping.set()
-        self.promises.stop()
+        if self.durable.stuck:
+            return
+        if self.durable.on:
+            self._leave()
+        else:
+            self.promises.stop()
         await self.promises.drained()
+        for model in self.sessions.models():
+            if self.durable.on and not model.released:
+                await self.snapshots.take(model.lane)
         with trio.move_on_after(self.settings.drain_seconds):
             await self.promises.handed_over()
+
+    def _leave(self) -> None:
+        """Leave what waits for an earlier number of its model to the next run of the server."""
+        for model in self.sessions.models():
+            for number in [number for number in model.lane.held if number > model.lane.next]:
+                self.promises.leave(model.lane.held.pop(number).promise)
 
 
 def public_name(name: str) -> str:

@@ -1,94 +1,36 @@
-"""``Session`` and what belongs to it: training models, samplers, losses."""
+"""``Sessions``: all of them, and how much each may hold."""
 
 from __future__ import annotations
 
-import itertools
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import attrs
 import trio
 
 from tickwork import build
-from tickwork.requests import CustomLoss
+from tickwork.journal.records import ForgetRecord
 from tickwork.server.answers import HttpError, unknown
-from tickwork.server.completions import Completions
-from tickwork.server.lanes import Door, Lane
-from tickwork.server.promises import Promise
+from tickwork.server.door import Door
+from tickwork.server.durable import Durable
+from tickwork.server.lanes import Lane
+from tickwork.server.session import Model, Sampler, Session, loss_id
 
 # Training models that one session may make, ended ones included; samplers of one key that are known by id, let go ones
 # included; custom losses of one key.
 MOST_MADE, MOST_LOSSES = 4096, 1024
 
 
-@attrs.define(eq=False)
-class Model:
-    """A training model of a session."""
-
-    model_id: str
-    session: Session
-    lane: Lane
-    created: Promise
-    released: bool = False
-
-
-@attrs.define(eq=False)
-class Sampler:
-    """A sampling session.
-
-    Args:
-        sampling_session_id: also the key of its weights in the engine.
-        lane: whose barriers its samples follow: its own, or the training model's of which it is a snapshot.
-        base_model: None while only its checkpoint or its model knows it.
-        clones: numbers for clients that join.
-        used: when it was last asked for a sample.
-        held: whether its weights are with the engine.
-    """
-
-    sampling_session_id: str
-    session: Session
-    lane: str
-    base_model: str | None = None
-    model_path: str | None = None
-    opened: Promise | None = None
-    clones: Iterator[int] = attrs.Factory(lambda: itertools.count(1))
-    completions: Completions = attrs.Factory(Completions)
-    used: float = attrs.Factory(trio.current_time)
-    held: bool = True
-
-
-@attrs.define(eq=False)
-class Session:
-    """One client process."""
-
-    session_id: str
-    owner: str
-    user_metadata: dict[str, str]
-    tags: tuple[str, ...] = ()
-    display_name: str | None = None
-    project_id: str | None = None
-    sdk_version: str = ""
-    seen: float = attrs.Factory(trio.current_time)
-    created_at: datetime = attrs.Factory(lambda: datetime.now(UTC))
-    ended: str | None = None
-    finish: dict[str, Any] | None = None
-    models: dict[int, Model] = attrs.Factory(dict)
-    samplers: dict[int, Sampler] = attrs.Factory(dict)
-    losses: dict[str, CustomLoss] = attrs.Factory(dict)
-    made_losses: dict[int, Promise] = attrs.Factory(dict)
-
-
 class Sessions:
     """All sessions, and their models and samplers by id.
 
     Args:
+        durable: where they are recorded.
         forgotten: told the ids of sessions that are forgotten, and all their models and samplers with them.
     """
 
-    def __init__(self, door: Door, forgotten: Callable[[set[str]], None]) -> None:
-        self._door, self._forgotten = door, forgotten
+    def __init__(self, door: Door, durable: Durable, forgotten: Callable[[set[str]], None]) -> None:
+        self._door, self._durable, self._forgotten = door, durable, forgotten
         self._all: dict[str, Session] = {}
         self._models: dict[str, Model] = {}
         self._samplers: dict[str, Sampler] = {}
@@ -120,6 +62,10 @@ class Sessions:
         session = Session(str(uuid.uuid4()), owner, **about)
         self._all[session.session_id] = session
         return session
+
+    def add(self, session: Session) -> None:
+        """Record a session that is there already."""
+        self._all[session.session_id] = session
 
     def of(self, owner: str) -> list[Session]:
         """Return an owner's sessions, newest first."""
@@ -174,6 +120,14 @@ class Sessions:
         sampler.session.seen = trio.current_time()
         return sampler
 
+    def model_of(self, sampler: Sampler) -> Model | None:
+        """Return the training model that a sampler was taken of, if it was of one."""
+        return self._models.get(sampler.lane)
+
+    def find_sampler(self, sampling_session_id: str) -> Sampler | None:
+        """Return a sampler whoever asks."""
+        return self._samplers.get(sampling_session_id)
+
     def models_of(self, owner: str) -> list[Model]:
         """Return the training models that an owner holds."""
         mine = [model for model in self._models.values() if model.session.owner == owner and not model.released]
@@ -226,14 +180,19 @@ class Sessions:
         """Let go of a training model, after all that was asked of it."""
         if not model.released:
             model.released = True
-            model.lane.end()
-            self._door.forget(build.release(model.model_id, model.model_id))
+            self._durable.note(model.record)
+            self.end_lane(model)
+
+    def end_lane(self, model: Model) -> None:
+        """Let go of a released model as soon as all that was asked of it has been posted."""
+        model.lane.end(lambda: self._door.forget(build.release(model.model_id, model.model_id)))
 
     def end(self, session: Session, why: str) -> None:
         """Close a session and let go of everything it holds."""
         if session.ended is not None:
             return
         session.ended = why
+        self._durable.note(session.record)
         for model in session.models.values():
             self.release(model)
         for sampler in session.samplers.values():
@@ -258,6 +217,10 @@ class Sessions:
         for sampler in self._samplers.values():
             sampler.completions.sweep(kept)
 
+    def models(self) -> list[Model]:
+        """Return all training models."""
+        return list(self._models.values())
+
     def lanes(self) -> list[Lane]:
         """Return the lanes of all training models that are held."""
         return [model.lane for model in self._models.values() if not model.released]
@@ -265,6 +228,7 @@ class Sessions:
     def _let_go(self, sampler: Sampler) -> None:
         if sampler.held:
             sampler.held = False
+            self._durable.note(sampler.record)
             self._door.forget(build.release(sampler.sampling_session_id, sampler.lane))
 
     def _forget(self, sessions: Sequence[Session]) -> None:
@@ -272,7 +236,12 @@ class Sessions:
             del self._all[session.session_id]
             for model in session.models.values():
                 del self._models[model.model_id]
+                self._durable.note(ForgetRecord("lanes", model.model_id))
             for sampler in session.samplers.values():
                 del self._samplers[sampler.sampling_session_id]
+                self._durable.note(ForgetRecord("samplers", sampler.sampling_session_id))
+            for number in session.made_losses:
+                self._durable.note(ForgetRecord("losses", loss_id(session, number)))
+            self._durable.note(ForgetRecord("sessions", session.session_id))
         if sessions:
             self._forgotten({session.session_id for session in sessions})

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 
 from tickwork.convert import is_finite
 from tickwork.errors import InvalidRequestError
+from tickwork.journal.database import Durability
 from tickwork.server.keys import Keys
 
 MIB = 2**20
@@ -78,6 +79,11 @@ class Settings:
         session_seconds: a session without a sign of life for that long is closed.
         result_seconds: how long a result that nobody fetches is kept.
         refetch_seconds: how long a result is kept once fetched, for a client whose connection broke.
+        journal: what was accepted outlives the end of the process (``"process"``) or of the machine (``"power"``); None
+            keeps it in memory, as does a server without a store.
+        journal_optional: whether to go on in memory, and say so, where the journal can not be written; otherwise
+            nothing is accepted then.
+        snapshot_seconds: seconds of the device that a model works between two snapshots of it, at least.
         drain_seconds: how long a stopping server waits for clients to fetch what is done.
 
     Raises:
@@ -114,6 +120,11 @@ class Settings:
     session_seconds: float = attrs.field(default=3600.0, validator=_at_least(0))
     result_seconds: float = attrs.field(default=3600.0, validator=_at_least(0))
     refetch_seconds: float = attrs.field(default=120.0, validator=_at_least(0))
+    journal: Durability | None = attrs.field(
+        default="process", validator=attrs.validators.optional(attrs.validators.in_(get_args(Durability)))
+    )
+    journal_optional: bool = False
+    snapshot_seconds: float = attrs.field(default=5.0, validator=_at_least(0))
     drain_seconds: float = attrs.field(default=5.0, validator=_at_least(0))
 
     def __attrs_post_init__(self) -> None:

@@ -1,0 +1,189 @@
+"""``Durable``: writes requests before they are accepted, and results before they are shown."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import trio
+
+from tickwork.errors import EngineStoppedError, JournalError, QueueFullError, RequestFailedError
+from tickwork.futures import Inner, wait
+from tickwork.journal.codec import encode
+from tickwork.journal.journal import Journal
+from tickwork.journal.records import FetchedRecord, Record, RequestRecord, ResultRecord, TrimRecord
+from tickwork.server.body import off_loop
+from tickwork.server.promises import Promise
+
+log = logging.getLogger("tickwork.server")
+
+
+class Durable:
+    """The server's way into its journal.
+
+    Args:
+        journal: None keeps everything in memory, and acknowledges at once.
+        optional: whether to go on in memory, and say so, once the journal can not be written. Otherwise nothing more is
+            accepted or shown.
+
+    Room: the Trio run of the server.
+    """
+
+    def __init__(self, journal: Journal | None, *, optional: bool = False) -> None:
+        self.journal = journal
+        self._optional = optional
+        self._nursery: trio.Nursery | None = None
+        self.failure: JournalError | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is written."""
+        return self.journal is not None and not (self._optional and self.failure is not None)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether what is accepted or done can not be shown any more."""
+        return self.on and self.failure is not None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Do what ``start`` is given, until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    def close(self) -> None:
+        """Write everything appended and let the next process in."""
+        if self.journal is not None:
+            self.journal.close()
+
+    def start(self, act: Callable[..., Awaitable[Any]], *args: Any) -> None:
+        """Do something beside whoever asked for it, who may go away."""
+        assert self._nursery is not None
+        self._nursery.start_soon(act, *args)
+
+    async def put(self, *records: Record) -> None:
+        """Write records, all or none, and wait until they are durable.
+
+        Raises:
+            JournalError: they can not be written.
+        """
+        while self.on:
+            try:
+                written = self._append(records)
+            except QueueFullError:
+                await self._room()
+            else:
+                await self.written(written)
+                return
+
+    def note(self, *records: Record) -> None:
+        """Write records after everything so far, without waiting for it."""
+        if not self.on:
+            return
+        try:
+            self._append(records)
+        except QueueFullError:
+            self.start(self._late, records)
+
+    async def written(self, future: Inner[None]) -> None:
+        """Wait until what was appended is durable.
+
+        Raises:
+            JournalError: it can not be written.
+        """
+        await wait(future)
+        error = future.exception()
+        if error is None:
+            return
+        if not isinstance(error, JournalError):
+            error = JournalError(str(error))
+        if not self._survives(error):
+            raise error
+
+    def accept(self, promise: Promise, payload: Any, then: Callable[[], None], also: Sequence[Record] = ()) -> None:
+        """Write a request, then let it be answered and call ``then``, which finds its ``refusal`` if there is one.
+
+        Args:
+            payload: what is asked, or the error that it fails with at its turn.
+            also: written together with it.
+        """
+        if not self.on:
+            promise.accepted.set()
+            then()
+            return
+        promise.keep = self.keep
+        self.start(self._accept, promise, payload, then, also)
+
+    def keep(self, promise: Promise, value: Any, error: BaseException | None) -> None:
+        """Write what became of a request, then show it."""
+        if not self.on:
+            promise.settle(value, error)
+        elif lasting(error):
+            self.start(self._keep, promise, value, error)
+
+    def fetched(self, promise: Promise) -> None:
+        """Note that a result was handed over."""
+        if promise.place is not None and promise.keep is not None:
+            self.note(FetchedRecord(*promise.place, time.time()))
+
+    def trim(self, result_seconds: float, refetch_seconds: float) -> None:
+        """Let go of what a snapshot covers, and of results as old as ``Promises.sweep`` would have them."""
+        now = time.time()
+        self.note(TrimRecord(now - result_seconds, now - refetch_seconds))
+
+    async def result(self, promise: Promise, value: Any, error: BaseException | None) -> ResultRecord:
+        """Return what is written of a result."""
+        assert promise.place is not None
+        body = await off_loop(promise.bulk, lambda: encode(value if error is None else error))
+        return ResultRecord(*promise.place, time.time(), body)
+
+    async def _accept(self, promise: Promise, payload: Any, then: Callable[[], None], also: Sequence[Record]) -> None:
+        assert promise.place is not None
+        lane, number = promise.place
+        try:
+            body = await off_loop(promise.bulk, lambda: encode(payload))
+            await self.put(*also, RequestRecord(lane, number, promise.owner, promise.kind.text, body))
+        except JournalError as error:
+            promise.refusal = error
+        promise.accepted.set()
+        then()
+
+    async def _keep(self, promise: Promise, value: Any, error: BaseException | None) -> None:
+        try:
+            await self.put(await self.result(promise, value, error))
+        except JournalError as refusal:
+            log.error("the result of %s can not be kept, so it is not shown: %s", promise.request_id, refusal)
+        else:
+            promise.settle(value, error)
+
+    def _append(self, records: Sequence[Record]) -> Inner[None]:
+        assert self.journal is not None
+        return self.journal.append(records)
+
+    async def _room(self) -> None:
+        assert self.journal is not None
+        await wait(self.journal.room())
+
+    async def _late(self, records: Sequence[Record]) -> None:
+        try:
+            await self.put(*records)
+        except JournalError as error:
+            log.warning("not written: %s", error)
+
+    def _survives(self, error: JournalError) -> bool:
+        """Note it where nothing can be written any more; whether to go on without."""
+        assert self.journal is not None
+        if self.journal.failure is None:
+            return False
+        if self.failure is None:
+            self.failure = error
+            what = "nothing is kept from here on, as was asked for" if self._optional else "nothing more is accepted"
+            log.critical("%s; %s", error, what)
+        return self._optional
+
+
+def lasting(error: BaseException | None) -> bool:
+    """Whether a request ended, well or not; otherwise it was the server that ended, and it will be run again."""
+    return error is None or (isinstance(error, RequestFailedError) and not isinstance(error, EngineStoppedError))
