@@ -164,13 +164,16 @@ class Server:
         rounds = 0
         while True:
             await trio.sleep(SWEEP_SECONDS)
-            for lane in self.sessions.lanes():
-                lane.skip(self.settings.gap_seconds)
-                self._tell(lane)
+            self._skip_gaps()
             rounds += 1
             if rounds % 10 == 0:
                 self.promises.sweep(self.settings.result_seconds, self.settings.refetch_seconds)
                 self.sessions.sweep(self.settings.session_seconds, lambda name: name in self.promises)
+
+    def _skip_gaps(self) -> None:
+        for lane in self.sessions.lanes():
+            lane.skip(self.settings.gap_seconds)
+            self._tell(lane)
 
     def _tell(self, lane: Lane) -> None:
         """Log a lane's hint, once."""
