@@ -179,7 +179,7 @@ class Server:
         """Log a lane's hint, once."""
         if not lane.told and (hint := self.engine.hint(lane.model_id)) is not None:
             lane.told = True
-            log.warning("%s %s", lane.model_id, hint)
+            log.warning("%s %s", lane.model_id, hint, extra={"model_id": lane.model_id})
 
     async def drain(self) -> None:
         """Take no new work, finish what was accepted, and give clients a moment to fetch it."""
