@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -17,6 +18,8 @@ from tickwork.server.answers import HttpError, unknown
 from tickwork.server.completions import Completions
 from tickwork.server.lanes import Door, Lane
 from tickwork.server.promises import Promise
+
+log = logging.getLogger("tickwork.server")
 
 # Training models that one session may make, ended ones included; samplers of one key that are known by id, let go ones
 # included; custom losses of one key.
@@ -119,6 +122,7 @@ class Sessions:
             self._forget(ended[:1])
         session = Session(str(uuid.uuid4()), owner, **about)
         self._all[session.session_id] = session
+        log.info("session %s opened", session.session_id, extra=_told(session))
         return session
 
     def of(self, owner: str) -> list[Session]:
@@ -234,6 +238,7 @@ class Sessions:
         if session.ended is not None:
             return
         session.ended = why
+        log.info("session %s ended: %s", session.session_id, why, extra=_told(session))
         for model in session.models.values():
             self.release(model)
         for sampler in session.samplers.values():
@@ -276,3 +281,7 @@ class Sessions:
                 del self._samplers[sampler.sampling_session_id]
         if sessions:
             self._forgotten({session.session_id for session in sessions})
+
+
+def _told(session: Session) -> dict[str, str]:
+    return {"session_id": session.session_id, "owner": session.owner}
