@@ -199,9 +199,13 @@ def test_serve_takes_the_switches_of_the_planner(monkeypatch: pytest.MonkeyPatch
         "tickwork.cli_server.trio.run", lambda _, settings: seen.append((settings.merge, settings.invariant))
     )
     monkeypatch.setattr("tickwork.cli_server.sys.setswitchinterval", lambda _: None)
+    forms: list[str] = []
+    monkeypatch.setattr("tickwork.server.logs.configure", forms.append)
     for flags in ((), ("--no-merge",), ("--invariant",)):
         assert run("serve", "--model", "tickwork/tiny", *flags).exit_code == 0
     assert seen == [(True, False), (False, False), (True, True)]
+    assert run("serve", "--model", "tickwork/tiny", "--log", "json").exit_code == 0
+    assert forms == ["text"] * 3 + ["json"]
 
 
 def test_four_clients_learn_at_once_and_then_alone(monkeypatch: pytest.MonkeyPatch) -> None:

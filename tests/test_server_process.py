@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -57,7 +58,8 @@ def test_keys_let_in_and_keep_out(tmp_path):
     made = subprocess.run([TICKWORK, "keys", "new", "ann"], capture_output=True, text=True, check=True)
     key = made.stderr.split()[0]
     keys.write_text(made.stdout)
-    with serve(tmp_path / "store", "--keys", str(keys), env={"TICKWORK_API_KEYS": "tml-from-env bob"}) as (
+    more = ("--keys", str(keys), "--log", "json")
+    with serve(tmp_path / "store", *more, env={"TICKWORK_API_KEYS": "tml-from-env bob"}) as (
         process,
         url,
     ):
@@ -68,6 +70,7 @@ def test_keys_let_in_and_keep_out(tmp_path):
             for key in (key, "tml-from-env", "tml-other")
         ]
         assert statuses == [200, 200, 401]
+        assert json.loads(process.stderr.readline())["message"] == f"loading {TINY}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

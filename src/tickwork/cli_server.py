@@ -96,9 +96,18 @@ def serve(
     given["adapter_memory"] = None if adapter_memory_mib is None else adapter_memory_mib * MIB
     settings = Settings(keys=read_keys(keys, os.environ.get(KEYS_VARIABLE)), **given)
     configure(log)
+    if log == "json":
+        _no_bars()
     sys.setswitchinterval(SWITCH_SECONDS)
     if code := trio.run(_serve, settings):
         raise SystemExit(code)
+
+
+def _no_bars() -> None:
+    """Keep transformers from drawing a bar between the lines."""
+    from transformers.utils import logging as bars  # noqa: PLC0415
+
+    bars.disable_progress_bar()
 
 
 async def _serve(settings: Settings) -> int:

@@ -102,17 +102,18 @@ def read_meta(folder: Path) -> Meta:
     Raises:
         CheckpointError: missing, damaged, or of another format.
     """
+    name = "/".join(folder.parts[-3:])  # where the store lies is nothing for a client of a server
     try:
         data = json.loads((folder / META).read_text())
         if data["format"] != FORMAT:
-            raise CheckpointError(f"{folder} has format {data['format']}; this version reads {FORMAT}")
+            raise CheckpointError(f"{name} has format {data['format']}; this version reads {FORMAT}")
         data["lora"] = LoraConfig(**data["lora"])
         data["sizes"], data["checksums"] = dict(data["sizes"]), dict(data["checksums"])
         data["time"] = datetime.fromisoformat(data["time"])
         data["expires_at"] = data["expires_at"] and datetime.fromisoformat(data["expires_at"])
         return Meta(**data)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is not a Tickwork checkpoint: its {META} is missing or damaged") from error
+        raise CheckpointError(f"{name} is not a Tickwork checkpoint: its {META} is missing or damaged") from error
 
 
 def expiry(ttl_seconds: int | None) -> datetime | None:

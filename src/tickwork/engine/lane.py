@@ -17,6 +17,7 @@ class Lane:
     """Requests in order, of which the first may have been handed out in part.
 
     Args:
+        name: of the lane; see ``Request``.
         share: its part of a busy device, in proportion to those of other lanes.
         virtual: tokens it was served, over its share.
         waiting: passes and steps.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import TypeVar
 
 import orjson
@@ -28,7 +28,7 @@ STEP = 2**20
 # Bytes of a body that holds no data. Of any JSON body: its values, its lists and objects, its fields. Each becomes an
 # object of up to a hundred times its bytes, so they are counted before it is parsed.
 MOST_PLAIN = 2**20
-MOST_VALUES, MOST_CONTAINERS, MOST_FIELDS = 2**22, 2**17, 2**16
+MOST_VALUES, MOST_CONTAINERS, MOST_FIELDS = 2**21, 2**17, 2**16
 
 
 class Bodies:
@@ -143,14 +143,15 @@ async def _read(request: Request, limit: int, encoding: str, taken: Taken) -> by
     size = 0
     with trio.move_on_after(float("inf")) as patience:
         try:
-            async for part in request.stream():
-                size += len(part)
-                if size <= limit:
-                    taken.take(len(part))
-                    parts.append(part)
-                elif patience.deadline == float("inf"):
-                    # A client that is still sending would see a broken connection instead of the answer.
-                    patience.deadline = trio.current_time() + DRAIN_SECONDS
+            async with aclosing(request.stream()) as stream:
+                async for part in stream:
+                    size += len(part)
+                    if size <= limit:
+                        taken.take(len(part))
+                        parts.append(part)
+                    elif patience.deadline == float("inf"):
+                        # A client that is still sending would see a broken connection instead of the answer.
+                        patience.deadline = trio.current_time() + DRAIN_SECONDS
         except ClientDisconnect:
             raise HttpError(400, "the connection ended within the body") from None
     if size > limit:

@@ -146,7 +146,7 @@ class Promise:
         """Show what became of it."""
         self.value, self.error = value, error
         if self.error is not None and not isinstance(self.error, RequestFailedError):
-            log.error("%s failed", self.request_id, exc_info=self.error)
+            log.error("%s failed", self.request_id, exc_info=self.error, extra={"request_id": self.request_id})
         self.settled_at = trio.current_time()
         self.settled.set()
         calls, self._calls = self._calls, []

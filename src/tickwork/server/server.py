@@ -188,20 +188,23 @@ class Server:
         rounds = 0
         while True:
             await trio.sleep(SWEEP_SECONDS)
-            for lane in self.sessions.lanes():
-                lane.skip(self.settings.gap_seconds)
-                self._tell(lane)
+            self._skip_gaps()
             rounds += 1
             if rounds % 10 == 0:
                 self.promises.sweep(self.settings.result_seconds, self.settings.refetch_seconds)
                 self.sessions.sweep(self.settings.session_seconds, lambda name: name in self.promises)
                 self.durable.trim(self.settings.result_seconds, self.settings.refetch_seconds)
 
+    def _skip_gaps(self) -> None:
+        for lane in self.sessions.lanes():
+            lane.skip(self.settings.gap_seconds)
+            self._tell(lane)
+
     def _tell(self, lane: Lane) -> None:
         """Log a lane's hint, once."""
         if not lane.told and (hint := self.engine.hint(lane.model_id)) is not None:
             lane.told = True
-            log.warning("%s %s", lane.model_id, hint)
+            log.warning("%s %s", lane.model_id, hint, extra={"model_id": lane.model_id})
 
     async def drain(self) -> None:
         """Take no new work, finish what was accepted, and give clients a moment to fetch it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from tickwork.server.door import Door
 from tickwork.server.durable import Durable
 from tickwork.server.lanes import Lane
 from tickwork.server.session import Model, Sampler, Session, loss_id
+
+log = logging.getLogger("tickwork.server")
 
 # Training models that one session may make, ended ones included; samplers of one key that are known by id, let go ones
 # included; custom losses of one key.
@@ -61,6 +64,7 @@ class Sessions:
             self._forget(ended[:1])
         session = Session(str(uuid.uuid4()), owner, **about)
         self._all[session.session_id] = session
+        log.info("session %s opened", session.session_id, extra=_told(session))
         return session
 
     def add(self, session: Session) -> None:
@@ -193,6 +197,7 @@ class Sessions:
             return
         session.ended = why
         self._durable.note(session.record)
+        log.info("session %s ended: %s", session.session_id, why, extra=_told(session))
         for model in session.models.values():
             self.release(model)
         for sampler in session.samplers.values():
@@ -245,3 +250,7 @@ class Sessions:
             self._durable.note(ForgetRecord("sessions", session.session_id))
         if sessions:
             self._forgotten({session.session_id for session in sessions})
+
+
+def _told(session: Session) -> dict[str, str]:
+    return {"session_id": session.session_id, "owner": session.owner}

@@ -55,9 +55,13 @@ def check_counts(body: bytes, most: Most) -> None:
     Raises:
         InvalidRequestError: saying what there is too much of.
     """
-    datums = sum(number == _DATA for number, _, _ in _fields(body, 0, len(body)))
-    if datums > most.datums:
-        raise InvalidRequestError(f"{datums} datums; {most.datums} are the most of one request", field="data")
+    datums = others = 0
+    for number, _, _ in _fields(body, 0, len(body)):
+        datums, others = datums + (number == _DATA), others + (number != _DATA)
+        if datums > most.datums:
+            raise InvalidRequestError(f"more than {most.datums} datums in one request", field="data")
+        if others > FREE_FIELDS:
+            raise InvalidRequestError(f"more than {FREE_FIELDS} fields beside the datums", field="loss_fn_config")
     if len(body) > SMALL:
         _check_inside(body, min(FREE_FIELDS + DATUM_FIELDS * datums, MOST_FIELDS), most.tokens)
 
