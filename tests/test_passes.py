@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,29 @@ def raising(data: Sequence[Datum], logprobs: Live) -> tuple[torch.Tensor, dict[s
     return logprobs[len(data)].sum(), {}
 
 
+def leaving(*_: object) -> Any:
+    """End the thread, as a script would end itself."""
+    sys.exit(1)
+
+
+class Leaving:
+    """A metric that is no number."""
+
+    __float__ = leaving
+
+
+def hooked(data: Sequence[Datum], logprobs: Live) -> tuple[torch.Tensor, dict[str, float]]:
+    """A loss whose backward ends the thread."""
+    logprobs[0].register_hook(leaving)
+    return logprobs[0].sum(), {}
+
+
+def shrinking(data: Sequence[Datum], logprobs: Live) -> tuple[torch.Tensor, dict[str, float]]:
+    """A loss that takes a part of the logprobs away."""
+    logprobs[0].data = logprobs[0].data[:2]
+    return logprobs[0].sum() + logprobs[1].sum(), {}
+
+
 BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
     "raises": (raising, "IndexError"),
     "not a pair": (lambda data, lp: lp[0].sum(), "must return"),
@@ -208,6 +232,10 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
     "detached": (lambda data, lp: (lp[0].detach().sum(), {}), "detached"),
     "infinite gradient": (lambda data, lp: ((lp[0] - lp[0].detach()).abs().sqrt().sum(), {}), "not finite"),
     "metrics": (lambda data, lp: (lp[0].sum(), {"x": "much"}), "numbers"),
+    "exits": (leaving, "SystemExit"),
+    "exits in its backward": (hooked, "could not be differentiated"),
+    "exits in a metric": (lambda data, lp: (lp[0].sum(), {"x": Leaving()}), "numbers"),
+    "changes a shape": (shrinking, "changed the shape of the logprobs of data[0]"),
     "changes in place": (lambda data, lp: (lp[0].mul_(2).sum(), {}), "in-place"),
 }
 
@@ -543,6 +571,7 @@ def test_a_step_that_float32_can_not_hold_is_refused_alone(bench: Bench, params:
         (lambda logp, inputs, config: logp @ logp, "RuntimeError"),
         (lambda logp, inputs, config: (logp.sum(), logp), "its loss must be"),
         (lambda logp, inputs, config: 1 // 0, "ZeroDivisionError"),
+        (lambda logp, inputs, config: sys.exit(2), "SystemExit"),
     ],
 )
 def test_a_registered_loss_fails_its_own_request(bench: Bench, evaluate: Callable[..., Any], says: str) -> None:
@@ -558,6 +587,35 @@ def test_a_registered_loss_fails_its_own_request(bench: Bench, evaluate: Callabl
     assert says in str(bad.error)
     assert good.error is None
     assert not any(bool(grad.any()) for grad in bench.gradient("a").values())
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_padding_of_narrow_targets_is_no_token(bench: Bench, backward: bool) -> None:
+    """Beside wider ones a narrow datum has the loss it has alone, also where a loss of nothing is not nothing."""
+
+    def distance(logp: torch.Tensor, inputs: Any, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return (logp - inputs["ref"]) ** 2, 2 * (logp - inputs["ref"])
+
+    def with_ref(given: list[Datum]) -> list[Datum]:
+        return [
+            Datum(d.model_input, {"target_tokens": t, "ref": np.full(t.shape, -3, np.float32)})
+            for d in given
+            for t in [d.loss_fn_inputs["target_tokens"].to_numpy()]
+        ]
+
+    narrow, wide = with_ref(data_of((4,), 1)), with_ref(data_of((4,), 2, width=3))
+    register_token_loss(TokenLoss("distance", distance, ("ref",)))
+    try:
+        apart, gradients = 0.0, []
+        for data in (narrow, wide):
+            apart += bench.one(train("a", data, "distance", backward=backward)).metrics["loss:sum"]
+            gradients.append(bench.model("a").state.grad.clone())
+            bench.model("a").state.grad.zero_()
+        both = bench.one(train("a", narrow + wide, "distance", backward=backward)).metrics["loss:sum"]
+    finally:
+        unregister_token_loss("distance")
+    assert both == pytest.approx(apart, rel=1e-5)
+    torch.testing.assert_close(bench.model("a").state.grad, gradients[0] + gradients[1], rtol=1e-3, atol=2e-3)
 
 
 def test_a_registered_loss_trains_by_its_name(bench: Bench) -> None:

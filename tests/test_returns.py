@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from tickwork.engine.portal import Portal
 from tickwork.engine.request import Request
-from tickwork.engine.returns import PATIENCE
+from tickwork.engine.returns import PATIENCE, Returns
 from tickwork.testing import FakeExecutor, open_engine
 
 TOKENS = 8
@@ -97,3 +97,20 @@ async def test_a_closing_engine_does_not_wait(autojump_clock: MockClock) -> None
         portal.close()
         await last
     assert executor.ran[-1].ended - before == TOKENS
+
+
+def test_lanes_that_have_ended_leave_nothing_behind() -> None:
+    """Whatever is settled in a lane after its end, as the release of a sampler is, is not waited for."""
+    returns = Returns()
+    for index in range(100):
+        lane = f"lane {index}"
+        asks = [
+            Request("pass", lane, None, (1,), tokens=1),
+            Request("step", lane, None, ends_lane=True),
+            Request("step", lane, None),
+        ]
+        for ask in asks:
+            returns.accepted(ask, 0.0)
+        for ask in asks:
+            returns.settled(ask, 1.0)
+    assert not any(vars(returns)[name] for name in ("_held", "_away", "_gaps", "_trains"))

@@ -214,8 +214,8 @@ class TrainingClient(Ready):
         """Set this client's part of a busy device, from the next pass on; nothing is waited for.
 
         Args:
-            share: finite and above 0; 1 unless set. While several clients have rows to run, the tokens of passes
-                are divided among them in proportion to their shares.
+            share: finite and above 0; 1 unless set. Where what several clients ask for next does not fit into one
+                pass, its tokens are divided among them in proportion to their shares; what fits runs all the same.
 
         Room: any thread.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -66,7 +66,7 @@ def _built_in(group: Sequence[Part], hidden: torch.Tensor, gradient: bool) -> No
     else:
         gradients = None
         logprobs = hold_logprobs(rows, targets, head, adapters).logprobs
-        losses, slope = mixture.bound.evaluate(logprobs)
+        losses, slope = (mixture.bound.mask(each) for each in mixture.bound.evaluate(logprobs))
     assert losses is not None
     assert slope is not None
     finite = bool(torch.isfinite(slope).all())
@@ -95,6 +95,15 @@ def _overflow(part: Part, slope: torch.Tensor) -> LossError | None:
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _padding(group: Sequence[Part]) -> torch.Tensor | None:
+    """Return which cells hold no target; what a loss makes of their zeros must not count."""
+    masks = [part.padding for part in group]
+    if all(mask is None for mask in masks):
+        return None
+    none = [torch.zeros_like(part.targets, dtype=torch.bool) for part in group]
+    return _joined([mine if mask is None else mask for mask, mine in zip(masks, none, strict=True)])
 
 
 def _segments(group: Sequence[Part]) -> list[LoraSegment]:
@@ -139,7 +148,8 @@ class _Mixture:
             inputs = {key: _joined([each[key] for each in laid]) for key in loss.inputs}
             found.members.append((bind(guarded(loss), inputs, settings(payload)), indices))
         alone = len(found.members) == 1 and found.members[0][0].loss.name in BUILT_IN
-        found.bound = found.members[0][0] if alone else found._mixed(group)
+        bound = found.members[0][0] if alone else found._mixed(group)
+        found.bound = replace(bound, ignored=_padding(group))
         return found
 
     def _mixed(self, group: Sequence[Part]) -> BoundLoss:

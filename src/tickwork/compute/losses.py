@@ -75,7 +75,7 @@ def guarded(loss: kernels.TokenLoss) -> kernels.TokenLoss:
     def evaluate(logp: torch.Tensor, inputs: Inputs, config: Config) -> Pair:
         try:
             return kernels.BoundLoss(loss, inputs, config).evaluate(logp)
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: the device thread is not the caller's to end
             if out_of_memory(error):
                 raise
             raise LossError(f"the loss {loss.name!r} raised {type(error).__name__}: {first_line(error)}") from error
@@ -206,10 +206,12 @@ def call_custom(
             leaf.grad = None  # a loss that has called backward itself must not count twice
         try:
             loss.backward()
-        except Exception as error:
+        except BaseException as error:
             raise LossError(f"the custom loss could not be differentiated: {first_line(error)}") from error
     grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-    for index, grad in enumerate(grads):
+    for index, (grad, given_logprobs) in enumerate(zip(grads, logprobs, strict=True)):
+        if grad.shape != given_logprobs.shape:
+            raise LossError(f"the custom loss has changed the shape of the logprobs of data[{index}]")
         if not bool(torch.isfinite(grad).all()):
             raise LossError(f"the gradient of the custom loss is not finite for data[{index}]")
     return float(loss.detach()), metrics, grads
@@ -229,7 +231,7 @@ def _unpack(answer: Any) -> tuple[torch.Tensor, dict[str, float]]:
             str(key): value.detach() if isinstance(value, torch.Tensor) else value for key, value in metrics.items()
         }
         numbers = {key: float(value) for key, value in plain.items()}
-    except Exception as error:
+    except BaseException as error:
         raise LossError(f"the metrics of a custom loss must be numbers: {first_line(error)}") from error
     if taken := RESERVED & numbers.keys():
         raise LossError(f"the metric {min(taken)!r} is Tickwork's own: give yours another name")

@@ -119,6 +119,15 @@ class Part:
             laid[start - self.start : stop - self.start, : flat.shape[1]] = flat
         return torch.from_numpy(laid).to(self.targets.device)
 
+    @property
+    def padding(self) -> torch.Tensor | None:
+        """Which cells hold no target of a datum, ``[n, K]`` bool; None if all do."""
+        widths = [shape[1] if len(shape) == 2 else 1 for shape in self.shapes]
+        if min(widths) == self.targets.shape[1]:
+            return None
+        ones = [np.ones((shape[0], width), np.bool_) for shape, width in zip(self.shapes, widths, strict=True)]
+        return ~self.lay_out(ones)
+
     def inputs(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return inputs of its loss in packed order, ``[n, K]`` each."""
         return {key: self.lay_out([datum.loss_fn_inputs[key].to_numpy() for datum in self.data]) for key in names}

@@ -23,6 +23,7 @@ class Returns:
     """
 
     def __init__(self) -> None:
+        self._trains: set[str] = set()  # lanes that have had a pass, until they end
         self._held: dict[str, int] = defaultdict(int)  # passes and steps accepted and not settled
         self._away: dict[str, float] = {}  # lanes that hold none, and since when
         self._gaps: dict[str, float] = {}  # seconds that each was away the last time
@@ -30,6 +31,8 @@ class Returns:
 
     def accepted(self, request: Request, now: float) -> None:
         """Note an arrival."""
+        if request.kind == "pass":
+            self._trains.add(request.lane)
         if request.kind in ("pass", "step"):
             self._held[request.lane] += 1
             if (since := self._away.pop(request.lane, None)) is not None:
@@ -42,8 +45,10 @@ class Returns:
         self._held[request.lane] -= 1
         if not self._held[request.lane]:
             del self._held[request.lane]
-            self._away[request.lane] = now
+            if request.lane in self._trains:
+                self._away[request.lane] = now
         if request.ends_lane:
+            self._trains.discard(request.lane)
             self._away.pop(request.lane, None)
             self._gaps.pop(request.lane, None)
 
