@@ -1,7 +1,7 @@
 """Servers for tests that kill them: a process that has everything loaded forks one for each line that it is told.
 
-A line is JSON: the settings of the server, and where it is to end. After ``{"at": "commit", "after": 3}`` the server kills
-itself the fourth time that its journal comes to that point. Each server's first line of output is its URL.
+A line is JSON: the settings of the server, and where it is to end. After ``{"at": "commit", "after": 3}`` the server
+kills itself the fourth time that its journal comes to that point. Each server's first line of output is its URL.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from functools import partial
 from typing import Any
 
@@ -73,7 +74,8 @@ def main() -> None:
             try:
                 serve(json.loads(line))
             except BaseException as error:
-                os.write(1, f"{error}\n".encode())
+                traceback.print_exc()
+                os.write(1, f"{error!r}\n".encode())
                 os._exit(1)
             os._exit(0)
         os.write(1, f"{child}\n".encode())

@@ -138,7 +138,7 @@ def test_no_key_no_entry():
 
 
 def test_a_restart_is_told_and_never_hidden(tmp_path):
-    """Another server answers 200 after its restart and has lost steps; ours, without a journal, says that the model is gone."""
+    """Another server answers 200 after its restart and has lost steps; ours, without a journal, says so."""
     settings = Settings(models=(TINY,), store=tmp_path, port=0, journal=None)
     with serving(settings) as url, Raw(url) as raw:
         model = raw.model()

@@ -71,6 +71,9 @@ class Lane:
         snapshots: take those of its model.
         next: the number that comes next.
         told: whether its hint has been logged.
+        running: what has had its turn and is not settled.
+        reading: the number of a request that reads a checkpoint, on which all others wait.
+        broken: why the state of the model is lost, if it is.
     """
 
     model_id: str
@@ -84,6 +87,7 @@ class Lane:
     given_up: set[int] = attrs.Factory(set)
     told: bool = False
     running: dict[int, Promise] = attrs.Factory(dict)
+    reading: int | None = None
     broken: RequestFailedError | None = None
     _due: deque[Held] = attrs.Factory(deque)
     _shut: bool = False
@@ -165,7 +169,7 @@ class Lane:
 
     def open(self) -> None:
         """Go on."""
-        self._shut = False
+        self._shut, self.reading = False, None
         self._go_on()
 
     def resume(self, due: Sequence[Held], early: Sequence[Held]) -> None:
@@ -243,12 +247,12 @@ class Lane:
         self.snapshots.settled(self)
 
     def _post(self, ask: Request, promise: Promise) -> None:
-        if self.durable.on and reads_checkpoint(ask.payload):
-            # What follows it may overwrite the checkpoint.
-            self.shut()
-            promise.keep = lambda promise, value, error: self.snapshots.covers(self, promise, value, error)
         if promise.place is not None and promise.place[0] == self.model_id:
             ask.number = promise.place[1]
+        if self.durable.on and reads_checkpoint(ask.payload):
+            # What follows it may overwrite the checkpoint.
+            self._shut, self.reading = True, ask.number
+            promise.keep = lambda promise, value, error: self.snapshots.covers(self, promise, value, error)
         self.door.post(ask, promise)
 
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from tickwork import build
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError, RequestFailedError
+from tickwork.journal.records import Record
 from tickwork.requests import OpenSampler, Sample, Save
 from tickwork.server import bodies, bodies_sampling, kinds
 from tickwork.server.answers import HttpError, reply
@@ -199,8 +200,11 @@ async def _ephemeral(server: Server, owner: str, ask: bodies.SaveWeightsForSampl
         server.sessions.add_sampler(number, sampler, server.settings.max_samplers)
         return Request("step", model_id, OpenSampler(name, model_id=model_id, inflight=ask.kind == "inflight"))
 
-    kind = plain("save_weights_for_sampler", lambda _: {"path": None, "sampling_session_id": name})
-    return await numbered(server, owner, ask.model_id, ask.seq_id, kind, make)
+    def also() -> list[Record]:
+        return [session.samplers[number].record] if number in session.samplers else []
+
+    kind = kinds.open_sampler(name)
+    return await numbered(server, owner, ask.model_id, ask.seq_id, kind, make, also=also)
 
 
 def know_base(sampler: Sampler, created: Promise) -> None:

@@ -73,6 +73,8 @@ class Snapshots:
             device = self._engine.device_seconds(lane.model_id)
             try:
                 captured = await self._captured(lane)
+                if not before and lane.reading is not None and lane.reading <= captured.number:
+                    return False  # its own snapshot is about to be taken, and waits for this one to end
                 if captured.number > past.number:
                     await self._write(lane, captured, past, before)
             except (JournalError, QueueFullError) as error:

@@ -1,0 +1,288 @@
+"""A training script under the official SDK, and servers that are killed beneath it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tinker import types
+
+from served import TINY, datum, sdk
+
+GUARD = 120.0
+# The points of the journal at which a crash would matter, and how often each is passed before the end.
+POINTS = (
+    "write",
+    "commit",
+    "remove",
+    "settle",
+    "snapshot-write",
+    "snapshot-sync",
+    "snapshot-rename",
+    "snapshot-folder",
+)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, and that no connection of a client is given."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+class Nurse:
+    """Starts servers one after the other, on one store and one port, from a process that has all they need."""
+
+    def __init__(self, store: Path, **settings: Any) -> None:
+        self.settings = {
+            "models": [TINY],
+            "store": str(store),
+            "port": free_port(),
+            "snapshot_seconds": 0.2,
+            **settings,
+        }
+        self.pid: int | None = None
+        self._log = store.with_suffix(".log").open("ab")
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("server_nurse.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            bufsize=1,
+        )
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        assert self._line() == "ready"
+
+    def start(self, **end: Any) -> None:
+        """Start a server, which may be told where to end."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"settings": self.settings, **end}) + "\n")
+        self.pid = int(self._line())
+
+    def up(self) -> str:
+        """Wait until it listens; return its URL."""
+        url = self._line()
+        assert url.startswith("http"), url
+        return url
+
+    def kill(self) -> str:
+        """Kill the server, whatever it does; return how it ended."""
+        assert self.pid is not None
+        with_no_such(self.pid)
+        return self.ended()
+
+    def stop(self) -> str:
+        """Let the server drain; return how it ended."""
+        assert self.pid is not None
+        os.kill(self.pid, signal.SIGTERM)
+        return self.ended()
+
+    def ended(self, unless: threading.Event | None = None) -> str:
+        """Wait until it has ended, by itself or because the event came and it was killed."""
+        while True:
+            try:
+                line = self._line(0.1 if unless else GUARD)
+            except queue.Empty:
+                if unless is not None and unless.is_set():
+                    return self.kill()
+                if unless is None:
+                    raise
+            else:
+                if line.startswith("ended"):
+                    return line
+
+    def close(self) -> None:
+        """Kill what is left."""
+        assert self._process.stdin is not None
+        if self.pid is not None:
+            with_no_such(self.pid)
+        self._process.stdin.close()
+        self._process.wait(GUARD)
+        self._reader.join(GUARD)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._log.close()
+
+    def _line(self, timeout: float = GUARD) -> str:
+        return self._lines.get(timeout=timeout)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line.strip())
+
+
+def with_no_such(pid: int) -> None:
+    """Kill a process that may have ended."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+@contextmanager
+def nurse(store: Path, **settings: Any) -> Iterator[Nurse]:
+    """Open a nurse."""
+    found = Nurse(store, **settings)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+class Killer(threading.Thread):
+    """Kills the server again and again: at random instants, some while it starts, and at the journal's own points.
+
+    Args:
+        ends: for each server, where it is to end: a point and how often it is passed before, or None for any instant.
+    """
+
+    def __init__(self, nurse: Nurse, ends: Sequence[tuple[str, int] | None], seed: int, progress: Progress) -> None:
+        super().__init__(daemon=True)
+        self._nurse, self._ends, self._progress = nurse, ends, progress
+        self._random = random.Random(seed)
+        self.killed = 0
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Kill until all ends are used up or the script is through, then leave a server that stays."""
+        try:
+            for end in self._ends:
+                if self._progress.over.is_set():
+                    break
+                self._once(end)
+            self._nurse.start()
+            self._nurse.up()
+        except BaseException as error:
+            self.error = error
+
+    def _once(self, end: tuple[str, int] | None) -> None:
+        if end is not None:
+            self._nurse.start(at=end[0], after=end[1])
+            self._nurse.ended(self._progress.over)
+        else:
+            self._nurse.start()
+            if self._random.random() < 0.2:  # on its way up
+                time.sleep(self._random.random() * 0.5)
+            else:
+                self._nurse.up()
+                self._progress.wait()
+                time.sleep(self._random.random() * 0.15)
+            self._nurse.kill()
+        self.killed += 1
+
+
+class Progress:
+    """How far the script has come."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self._moved = threading.Event()
+
+    def move(self) -> None:
+        """Note that something was fetched."""
+        self._moved.set()
+
+    def wait(self) -> None:
+        """Wait until something is."""
+        self._moved.clear()
+        while not self.over.is_set() and not self._moved.wait(0.1):
+            pass
+
+
+def script(service: Any, rounds: int, progress: Progress) -> list[Any]:
+    """Train, save, load and sample, and return everything that was told."""
+    told: list[Any] = []
+    client = service.create_lora_training_client(TINY, rank=4, seed=7).result(GUARD)
+    handle = service.create_custom_loss(_square, {"logprobs": 1, "weights": 1}).result(GUARD)
+    adam = types.AdamParams(learning_rate=2e-3, grad_clip_norm=5.0)
+    waiting: list[tuple[str, Any]] = []
+    saved = None
+    for turn in range(rounds):
+        numbers = np.random.default_rng(turn)
+        data = [datum(numbers.integers(0, 60, size).tolist()) for size in (9, 14)]
+        before = waiting
+        waiting = [("pass", client.forward_backward(data, "cross_entropy"))]
+        if turn % 5 == 2:
+            waiting.append(("pass", client.forward_backward_custom(data, handle)))
+        waiting.append(("step", client.optim_step(adam)))
+        if turn % 7 == 3:
+            waiting.append(("save", client.save_state(f"at-{turn}")))
+        told += [_told(kind, future.result(GUARD)) for kind, future in before]
+        progress.move()
+        if turn % 7 == 4:
+            saved = next(path for path in reversed(told) if isinstance(path, str))
+            client.load_state_with_optimizer(f"tinker://{client.model_id}/weights/{saved}").result(GUARD)
+        if turn % 6 == 1:
+            sampler = client.save_weights_and_get_sampling_client().result()
+            params = types.SamplingParams(max_tokens=6, seed=turn)
+            drawn = sampler.sample(types.ModelInput.from_ints([3, 14, 15]), 2, params).result(GUARD)
+            told += [[list(s.tokens), list(s.logprobs)] for s in drawn.sequences]
+    told += [_told(kind, future.result(GUARD)) for kind, future in waiting]
+    told.append(_told("pass", client.forward(data, "cross_entropy").result(GUARD)))
+    told.append(_told("save", client.save_state("end").result(GUARD)))
+    progress.over.set()
+    return told
+
+
+def _square(logprobs: Any, weights: Any) -> Any:
+    loss = (weights * logprobs**2).sum()
+    return loss, {"custom/square:sum": loss}
+
+
+def _told(kind: str, result: Any) -> Any:
+    if kind == "save":
+        return result.path.rsplit("/", 1)[1]
+    metrics = {name: value for name, value in result.metrics.items() if name != "clock_cycle:unique"}
+    outputs = [] if kind == "step" else [list(item["logprobs"].data) for item in result.loss_fn_outputs]
+    return [metrics, outputs]
+
+
+def left(store: Path) -> dict[str, bytes]:
+    """Return the bytes of the adapters and moments of every checkpoint, by name."""
+    files = sorted(store.glob("runs/*/weights/*/*.safetensors"))
+    named = [file for file in files if not file.parent.name.startswith(".")]  # others were on their way at a kill
+    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in named}
+
+
+def undisturbed(nurse: Nurse, rounds: int) -> tuple[list[Any], dict[str, bytes]]:
+    """Run the script on a server that is let be."""
+    nurse.start()
+    with sdk(nurse.up()) as service:
+        told = script(service, rounds, Progress())
+    assert nurse.stop() == "ended 0"
+    return told, left(Path(nurse.settings["store"]))
+
+
+def killed(nurse: Nurse, rounds: int, ends: Sequence[tuple[str, int] | None], seed: int) -> tuple[Any, Any, int]:
+    """Run the script on servers that are killed; also return how many were."""
+    progress = Progress()
+    killer = Killer(nurse, ends, seed, progress)
+    nurse_url = f"http://127.0.0.1:{nurse.settings['port']}"
+    killer.start()
+    with sdk(nurse_url) as service:
+        told = script(service, rounds, progress)
+        killer.join(GUARD)
+        assert not killer.is_alive()
+        assert killer.error is None, killer.error
+    nurse.stop()
+    return told, left(Path(nurse.settings["store"])), killer.killed
