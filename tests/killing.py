@@ -47,18 +47,16 @@ def free_port() -> int:
 
 
 class Nurse:
-    """Starts servers one after the other, on one store and one port, from a process that has all they need."""
+    """Starts servers one after the other, each on the port of the last, from a process that has all they need.
 
-    def __init__(self, store: Path, **settings: Any) -> None:
-        self.settings = {
-            "models": [TINY],
-            "store": str(store),
-            "port": free_port(),
-            "snapshot_seconds": 0.2,
-            **settings,
-        }
+    Args:
+        log: where what they log goes.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self.settings: dict[str, Any] = {}
         self.pid: int | None = None
-        self._log = store.with_suffix(".log").open("ab")
+        self._log = log.open("ab")
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("server_nurse.py"))],
             stdin=subprocess.PIPE,
@@ -71,6 +69,22 @@ class Nurse:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         assert self._line() == "ready"
+
+    def at(self, store: Path, **settings: Any) -> Nurse:
+        """Serve that store from now on, at a port of its own."""
+        self.settings = {
+            "models": [TINY],
+            "store": str(store),
+            "port": free_port(),
+            "snapshot_seconds": 0.2,
+            **settings,
+        }
+        return self
+
+    @property
+    def url(self) -> str:
+        """Where it serves, or will."""
+        return f"http://127.0.0.1:{self.settings['port']}"
 
     def start(self, **end: Any) -> None:
         """Start a server, which may be told where to end."""
@@ -140,13 +154,13 @@ def with_no_such(pid: int) -> None:
 
 
 @contextmanager
-def nurse(store: Path, **settings: Any) -> Iterator[Nurse]:
-    """Open a nurse."""
-    found = Nurse(store, **settings)
+def serving_from(nurse: Nurse, **end: Any) -> Iterator[str]:
+    """Start a server, yield its URL, and kill it in the end, unless it has ended."""
+    nurse.start(**end)
     try:
-        yield found
+        yield nurse.up()
     finally:
-        found.close()
+        nurse.kill()
 
 
 class Killer(threading.Thread):
@@ -277,9 +291,8 @@ def killed(nurse: Nurse, rounds: int, ends: Sequence[tuple[str, int] | None], se
     """Run the script on servers that are killed; also return how many were."""
     progress = Progress()
     killer = Killer(nurse, ends, seed, progress)
-    nurse_url = f"http://127.0.0.1:{nurse.settings['port']}"
     killer.start()
-    with sdk(nurse_url) as service:
+    with sdk(nurse.url) as service:
         told = script(service, rounds, progress)
         killer.join(GUARD)
         assert not killer.is_alive()

@@ -76,6 +76,9 @@ def server_extra() -> Iterator[None]:
     "--session-seconds", default=3600.0, show_default=True, help="When a session without a sign of life ends."
 )
 @click.option("--result-seconds", default=3600.0, show_default=True, help="How long a result that nobody fetches is kept.")  # fmt: skip  # noqa: E501
+@click.option("--journal", type=click.Choice(["process", "power", "off"]), default="process", show_default=True, help="What accepted work outlives: the end of the process, however it comes, that of the machine, or neither.")  # fmt: skip  # noqa: E501
+@click.option("--journal-optional", is_flag=True, help="Go on in memory, and say so, where the journal can not be written; otherwise requests are refused then.")  # fmt: skip  # noqa: E501
+@click.option("--snapshot-seconds", default=5.0, show_default=True, help="Seconds of the device that a model works between two snapshots, at least.")  # fmt: skip  # noqa: E501
 @click.option("--log", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of what is logged to standard error.")  # fmt: skip  # noqa: E501
 def serve(
     max_body_mib: int,
@@ -83,6 +86,7 @@ def serve(
     max_bodies_mib: int,
     adapter_memory_mib: int | None,
     keys: Path | None,
+    journal: Literal["process", "power", "off"],
     log: Literal["text", "json"],
     **given: Any,
 ) -> None:
@@ -94,6 +98,7 @@ def serve(
     given |= {"max_body": max_body_mib * MIB, "max_decompressed": max_decompressed_mib * MIB}
     given["max_bodies"] = max_bodies_mib * MIB
     given["adapter_memory"] = None if adapter_memory_mib is None else adapter_memory_mib * MIB
+    given["journal"] = None if journal == "off" else journal
     settings = Settings(keys=read_keys(keys, os.environ.get(KEYS_VARIABLE)), **given)
     configure(log)
     if log == "json":

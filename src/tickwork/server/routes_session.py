@@ -115,6 +115,8 @@ async def telemetry(server: Server, owner: str, request: HttpRequest) -> Respons
 
 async def healthz(server: Server, request: HttpRequest) -> Response:
     """Say that the server is up, which it is only once its models are loaded."""
+    if server.durable.stuck:
+        return reply({"status": "stuck", "detail": str(server.durable.failure)}, 503)
     return reply({"status": "stopping" if server.stopping.is_set() else "ok"})
 
 

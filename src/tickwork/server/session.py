@@ -77,7 +77,11 @@ class Sampler:
 
 @attrs.define(eq=False)
 class Session:
-    """One client process."""
+    """One client process.
+
+    Args:
+        past_losses: numbers of losses that were let go, and are in the journal still: what was accepted may need them.
+    """
 
     session_id: str
     owner: str
@@ -94,6 +98,7 @@ class Session:
     samplers: dict[int, Sampler] = attrs.Factory(dict)
     losses: dict[str, CustomLoss] = attrs.Factory(dict)
     made_losses: dict[int, Promise] = attrs.Factory(dict)
+    past_losses: list[int] = attrs.Factory(list)
 
     @property
     def record(self) -> SessionRecord:

@@ -178,7 +178,8 @@ class Sessions:
         gone = [sampler for sampler in mine if not sampler.held]
         for old in gone[: max(0, len(mine) - MOST_MADE)]:
             del self._samplers[old.sampling_session_id]
-            del old.session.samplers[int(old.sampling_session_id.rpartition(":")[2])]
+            del old.session.samplers[old.number]
+            self._durable.note(ForgetRecord("samplers", old.sampling_session_id))
 
     def release(self, model: Model) -> None:
         """Let go of a training model, after all that was asked of it."""
@@ -203,6 +204,7 @@ class Sessions:
         for sampler in session.samplers.values():
             self._let_go(sampler)
         session.losses.clear()
+        session.past_losses.extend(session.made_losses)
         session.made_losses.clear()
 
     def sweep(self, session_seconds: float, kept: Callable[[str], bool]) -> None:
@@ -245,7 +247,7 @@ class Sessions:
             for sampler in session.samplers.values():
                 del self._samplers[sampler.sampling_session_id]
                 self._durable.note(ForgetRecord("samplers", sampler.sampling_session_id))
-            for number in session.made_losses:
+            for number in (*session.past_losses, *session.made_losses):
                 self._durable.note(ForgetRecord("losses", loss_id(session, number)))
             self._durable.note(ForgetRecord("sessions", session.session_id))
         if sessions:
