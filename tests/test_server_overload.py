@@ -243,8 +243,8 @@ async def test_clients_and_completions_of_a_sampler_are_bounded(autojump_clock, 
             ).status_code
             for clone in range(5)
         ]
-        assert statuses == [200, 200, 200, 429, 429]
-        assert (await client.post("asample", json={**draw, "seq_id": 7 * completions.CLONE})).status_code == 429
+        assert statuses == [200, 200, 200, 403, 403]
+        assert (await client.post("asample", json={**draw, "seq_id": 7 * completions.CLONE})).status_code == 403
 
 
 async def test_numbers_given_up_are_not_remembered_for_ever(autojump_clock):

@@ -38,7 +38,7 @@ class Completions:
         """Make sure that there is room for a client.
 
         Raises:
-            HttpError: 429.
+            HttpError: 403.
         """
         self._line(clone)
 
@@ -82,5 +82,5 @@ class Completions:
 
     def _line(self, clone: int) -> _Line:
         if clone not in self._lines and len(self._lines) >= MOST_CLIENTS:
-            raise HttpError(429, f"{MOST_CLIENTS} clients share this sampler: make another one")
+            raise HttpError(403, f"{MOST_CLIENTS} clients share this sampler: make another one")
         return self._lines.setdefault(clone, _Line(self._first))
