@@ -14,7 +14,6 @@ from tickwork.server import (
     bodies_sampling,
     lanes,
     routes_models,
-    routes_sampling,
     routes_training,
     strict,
     wire,
@@ -221,7 +220,7 @@ def a_logprob_too_few(patch: pytest.MonkeyPatch) -> None:
         short = [attrs.evolve(seq, logprobs=seq.logprobs[:-1]) for seq in response.sequences]
         return original(attrs.evolve(response, sequences=short), names)
 
-    patch.setattr(routes_sampling.wire, "sample_proto", fewer)
+    patch.setattr(wire, "sample_proto", fewer)
 
 
 @fault("WRONG", "snapshots_stay")
@@ -235,13 +234,12 @@ def snapshots_that_follow(patch: pytest.MonkeyPatch) -> None:
 def repeats_are_done_again(patch: pytest.MonkeyPatch) -> None:
     original = lanes.Lane.take
 
-    def take(self: Any, seq_id: int, kind: Any, make: Any) -> str:
-        if seq_id < self.next:
-            ask = make()
-            if isinstance(ask, lanes.Request):
-                self.door.post(ask, self.promises.make(self.request_id(seq_id), self.owner, kind, 0))
-            return self.request_id(seq_id)
-        return original(self, seq_id, kind, make)
+    def take(self: Any, seq_id: int, kind: Any, make: Any, *also: Any) -> Any:
+        if 0 < seq_id < self.next and isinstance(ask := make(), lanes.Request):
+            promise = self.promises.make(self.request_id(seq_id), self.owner, kind, 0)
+            self.door.post(ask, promise)
+            return promise
+        return original(self, seq_id, kind, make, *also)
 
     patch.setattr(lanes.Lane, "take", take)
 
@@ -250,12 +248,12 @@ def repeats_are_done_again(patch: pytest.MonkeyPatch) -> None:
 def first_come_first_served(patch: pytest.MonkeyPatch) -> None:
     original = lanes.Lane.take
 
-    def take(self: Any, seq_id: int, kind: Any, make: Any) -> str:
+    def take(self: Any, seq_id: int, kind: Any, make: Any, *also: Any) -> Any:
         if seq_id > self.next:
-            ask = make()
-            self.door.post(ask, self.promises.make(self.request_id(seq_id), self.owner, kind, 0))
-            return self.request_id(seq_id)
-        return original(self, seq_id, kind, make)
+            promise = self.promises.make(self.request_id(seq_id), self.owner, kind, 0)
+            self.door.post(make(), promise)
+            return promise
+        return original(self, seq_id, kind, make, *also)
 
     patch.setattr(lanes.Lane, "take", take)
 
