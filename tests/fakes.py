@@ -17,6 +17,7 @@ from tickwork.requests import OptimStep
 from tickwork.results import ForwardBackwardOutput, OptimStepResponse, SampleResponse
 from tickwork.server import Settings
 from tickwork.server.app import make_app
+from tickwork.server.durable import Durable
 from tickwork.server.lanes import Door
 from tickwork.server.server import Server
 from tickwork.testing import FakeExecutor, open_engine
@@ -74,7 +75,7 @@ async def fake_server(executor: FakeExecutor | None = None, **given: Any) -> Asy
     catalogue = Catalogue(settings.store)
     try:
         async with open_engine(executor or Device()) as (engine, portal), trio.open_nursery() as nursery:
-            server = Server(settings, Door(portal), catalogue, engine)
+            server = Server(settings, Door(portal), catalogue, engine, Durable(None))
             nursery.start_soon(server.door.run)
             nursery.start_soon(server.sweep)
             yield server

@@ -8,7 +8,8 @@ import time
 import pytest
 from tinker import types
 
-from killing import POINTS, Nurse, killed, serving_from, undisturbed
+from journals import change
+from killing import POINTS, Impatient, Nurse, killed, serving_from, undisturbed
 from served import TINY, Raw, datum, sdk
 from tickwork.errors import JournalError
 from tickwork.server import Settings, serve, serving
@@ -29,7 +30,14 @@ def nurse(tmp_path_factory):
     found.close()
 
 
-def test_what_was_accepted_runs_exactly_once_whenever_the_server_is_killed(tmp_path, nurse):
+@pytest.fixture
+def impatient(monkeypatch):
+    """Let the official client try again sooner after a lost connection."""
+    for name in ("api_future_impl", "internal_client_holder", "retry_handler", "session_futures_poller"):
+        monkeypatch.setattr(f"tinker.lib.{name}.asyncio", Impatient())
+
+
+def test_what_was_accepted_runs_exactly_once_whenever_the_server_is_killed(tmp_path, nurse, impatient):
     """Killed 33 times, everything the client was told and every checkpoint is bit by bit that of a run left alone."""
     ends = [*[None] * 25, *[(point, random.Random(point).randrange(4)) for point in POINTS]]
     random.Random(0).shuffle(ends)
@@ -62,7 +70,7 @@ def test_early_requests_and_given_up_numbers_are_remembered(tmp_path, nurse):
 def test_samplers_and_unfinished_samples_are_there_again(tmp_path, nurse):
     """A snapshot stays what it was though its model was trained on, and a sample is drawn again from its seed."""
     nurse.at(tmp_path)
-    params = types.SamplingParams(max_tokens=400, seed=5, stop=[])
+    params = types.SamplingParams(max_tokens=100, seed=5, stop=[])
     with sdk_of(nurse) as service, serving_from(nurse):
         client = service().create_lora_training_client(TINY, rank=4, seed=1).result(60)
         train(client)
@@ -113,8 +121,9 @@ def test_a_stopped_server_goes_on_where_it_was_and_a_failed_request_stays_failed
         assert logprobs(client) == wanted
 
 
-def test_a_model_whose_snapshot_is_damaged_is_refused_by_name(tmp_path, nurse):
-    nurse.at(tmp_path, result_seconds=0)
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_a_damaged_snapshot_is_computed_again_or_its_model_refused_by_name(tmp_path, nurse, trimmed):
+    nurse.at(tmp_path)
     with serving_from(nurse) as url, Raw(url) as raw:
         model = raw.model()
         for number in (1, 2):
@@ -122,10 +131,12 @@ def test_a_model_whose_snapshot_is_damaged_is_refused_by_name(tmp_path, nurse):
         assert nurse.stop() == "ended 0"
         (file,) = (tmp_path / "journal" / "snapshots").iterdir()
         file.write_bytes(file.read_bytes()[:-8] + b"damaged!")
+        if trimmed:
+            change(tmp_path, "DELETE FROM requests")
         nurse.start()
         nurse.up()
         answer = raw.result(raw.optim(model, 3).json()["request_id"])
-        assert "damaged" in answer["error"]
+        assert "damaged" in answer["error"] if trimmed else "metrics" in answer
         assert raw.model()
 
 

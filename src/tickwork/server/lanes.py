@@ -214,6 +214,9 @@ class Lane:
         while self.next in self.held and self.held[self.next].durable:
             self._due.append(self.held.pop(self.next))
             self.next += 1
+        if self.broken is not None:  # no number will come to its turn any more
+            lost = [number for number, held in self.held.items() if held.durable]
+            self._due.extend(self.held.pop(number) for number in lost)
         while self._due and not self._shut:
             self._run(self._due.popleft())
         if self._ended:

@@ -164,7 +164,6 @@ async def _created(
         server.refuse_when_stopping()
         server.refuse_when_full(session.owner)
         server.sessions.check_model(session, server.settings.max_models)
-        server.engine.set_share(model_id, server.settings.keys.share(session.owner))
         lane = server.lane(model_id, session.owner)
         ask = made(make, model_id)
         about = LaneRecord(model_id, session.owner, session.session_id, number)

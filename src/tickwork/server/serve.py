@@ -184,9 +184,9 @@ class _ServerThread:
         try:
             trio.run(self._run)
         except BaseException as error:
-            self._death = error
+            self._death = _alone(error)
             if not self.base_url.done():
-                self.base_url.set_exception(error)
+                self.base_url.set_exception(self._death)
 
     async def _run(self) -> None:
         asked, token = trio.Event(), trio.lowlevel.current_trio_token()
@@ -200,3 +200,10 @@ class _ServerThread:
         self._stop = stop
         async with trio.open_nursery() as nursery:
             self.base_url.set_result(await nursery.start(run, self._settings, asked.wait))
+
+
+def _alone(error: BaseException) -> BaseException:
+    """Return what a nursery has put into groups by itself."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
