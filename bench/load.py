@@ -184,7 +184,7 @@ def main(arguments: Sequence[str]) -> int:
     about = record.circumstances() | {"arguments": list(arguments)}
     with tempfile.TemporaryDirectory() as folder:
         model = str(make_qwen205k(Path(folder) / "model"))
-        with _serving(model, folder) as (_, url):
+        with _serving(model, f"{folder}/store", "process") as (_, url):
             told, seconds = together(url, KEY, MODEL, options.clients, options.requests)
         expected = alone(model, options.clients, options.requests)
     rows = rows_of(told, expected, seconds)

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 ADAM = types.AdamParams(learning_rate=1e-2)
 PROMPT = types.ModelInput.from_ints([3, 14, 15])
-ROUNDS = 60
+ROUNDS = 90
 
 
 @pytest.fixture(scope="module")

@@ -47,20 +47,30 @@ def _ours(rounds: int) -> list[Row]:
     """Serve a random model, and put it beside the stub and beside the same engine in process."""
     with tempfile.TemporaryDirectory() as folder:
         model = str(make_qwen205k(Path(folder) / "model"))
-        with _serving(model, folder) as (pid, url), _stub() as floor:
-            ways = {"ours": (url, KEY, MODEL), "stub": (floor, KEY, "stub"), "in process": ("in-process", model)}
+        kept, memory = _serving(model, f"{folder}/kept", "process"), _serving(model, f"{folder}/memory", "off")
+        with kept as (pid, url), memory as (_, other), _stub() as floor:
+            ways = {
+                "ours": (url, KEY, MODEL),
+                "no journal": (other, KEY, MODEL),
+                "stub": (floor, KEY, "stub"),
+                "in process": ("in-process", model),
+            }
             found = _in_turns(ways, rounds)
             busy = idle.share_of_a_core(pid, url, KEY, MODEL)
-    ours, stub, inside = (found[way] for way in ways)
+    ours, light, stub, inside = (found[way] for way in ways)
     bound = inside[PIPELINED] + 2 * stub[PIPELINED]
+    without = f"{WORKLOAD}, no journal"
     return [
         _row(OPTIM_STEP, "one after the other", ours[OPTIM_STEP], "stub", stub[OPTIM_STEP], "<= 2"),
         _row(SAMPLING, "1 token each, all at once", ours[SAMPLING], "stub", stub[SAMPLING], "<= 1.5"),
         _row("body decoded, ms", f"{decode.ROWS} x {decode.LENGTH} tokens", decode.median_ms(), "wanted", 50.0, "<= 1"),
         _row("share of a core", f"{idle.CLIENTS} idle clients with open polls", busy, "wanted", 0.02, "<= 1"),
+        # The engine in process keeps no journal either.
+        _row(PIPELINED, without, light[PIPELINED], "in process + 2 x stub", bound, "<= 1"),
         _row(PIPELINED, WORKLOAD, ours[PIPELINED], "in process + 2 x stub", bound, "<= 1"),
         *(_row(name, WORKLOAD, ours[name], "stub", stub[name]) for name in ours),
         *(_row(name, WORKLOAD, ours[name], "in process", inside[name]) for name in ours),
+        *(_row(name, WORKLOAD, ours[name], "no journal", light[name]) for name in ours),
     ]
 
 
@@ -107,7 +117,7 @@ def _row(speed: str, workload: str, ours: float, name: str, against: float, want
 
 
 @contextmanager
-def _serving(model: str, folder: str) -> Iterator[tuple[int, str]]:
+def _serving(model: str, store: str, journal: str) -> Iterator[tuple[int, str]]:
     """Run ``tickwork serve`` in a process of its own; yield its id and base URL."""
     command = [
         "-m",
@@ -118,7 +128,9 @@ def _serving(model: str, folder: str) -> Iterator[tuple[int, str]]:
         "--port",
         "0",
         "--store",
-        f"{folder}/store",
+        store,
+        "--journal",
+        journal,
     ]
     more = ["--device", "cpu", "--dtype", "float32", "--max-models", "128", "--gap-seconds", "3600"]
     with _child([*command, *more]) as child:

@@ -26,6 +26,9 @@ told = logging.getLogger("tickwork.server")
 MIB = 2**20
 # Seconds that the device thread may keep the interpreter once the server wants it; Python's own 5 ms would show.
 SWITCH_SECONDS = 5e-4
+# How often torch's idle worker threads look for work before they sleep, about 0.1 ms in all. Their own 3e5 times hold
+# a core for longer than most pauses of a small pass, and clients on the same machine, and this server, wait for it.
+SPINS = "30000"
 
 
 @contextmanager
@@ -91,6 +94,7 @@ def serve(
     **given: Any,
 ) -> None:
     """Serve base models to the official tinker SDK, its CLI and its cookbook."""
+    _spin_less()
     with server_extra():
         from tickwork.server import Settings  # noqa: PLC0415
         from tickwork.server.keys import read_keys  # noqa: PLC0415
@@ -106,6 +110,12 @@ def serve(
     sys.setswitchinterval(SWITCH_SECONDS)
     if code := trio.run(_serve, settings):
         raise SystemExit(code)
+
+
+def _spin_less() -> None:
+    """Bound the spinning of OpenMP's threads, unless the user has said how they wait; read when torch is loaded."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def _no_bars() -> None:

@@ -18,7 +18,7 @@ StopReason = Literal["stop", "length"]
 
 
 def _ids(tokens: Iterable[SupportsIndex]) -> tuple[int, ...]:
-    return tuple(operator.index(token) for token in tokens)
+    return tuple(map(operator.index, tokens))
 
 
 def _chunks(chunks: Iterable[EncodedTextChunk]) -> tuple[EncodedTextChunk, ...]:

@@ -32,6 +32,8 @@ from tickwork.journal.trim import trim
 
 # What a row weighs besides its body.
 OVERHEAD = 256
+# Instead of a query before each row.
+_ONCE = "ON CONFLICT (lane, number) DO NOTHING"
 
 _TABLES: dict[type, tuple[str, str]] = {
     SessionRecord: ("sessions", "session_id"),
@@ -96,11 +98,11 @@ def _named(db: Connection, row: NamedRow) -> None:
 
 
 def _request(db: Connection, row: RequestRecord) -> None:
-    covered = db.execute("SELECT 1 FROM snapshots WHERE lane = ? AND number >= ?", (row.lane, row.number)).fetchone()
-    if covered is not None or _holds(db, "requests", row.lane, row.number):
-        raise _twice(row.lane, row.number, "accepted")
-    cells = (row.lane, row.number, row.owner, row.kind, row.body)
-    db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)", (*cells, seal("requests", *cells)))
+    key, cells = (row.lane, row.number), (row.lane, row.number, row.owner, row.kind, row.body)
+    covered = "SELECT 1 FROM snapshots WHERE lane = ? AND number >= ?"
+    insert = f"INSERT INTO requests SELECT ?, ?, ?, ?, ?, ? WHERE NOT EXISTS ({covered}) {_ONCE}"
+    if not db.execute(insert, (*cells, seal("requests", *cells), *key)).rowcount:
+        raise _twice(*key, "accepted")
 
 
 def _result(db: Connection, row: ResultRecord) -> None:
@@ -109,11 +111,10 @@ def _result(db: Connection, row: ResultRecord) -> None:
     if found is None:
         message = f"request {row.number} of lane {row.lane!r} is not in the journal, so it can have no result"
         raise JournalError(message, lane=row.lane, number=row.number)
-    if _holds(db, "results", *key):
-        raise _twice(row.lane, row.number, "settled")
     cells = (*key, *found, float(row.settled))
     values = (*cells, row.body, seal("results", *cells, row.body))
-    db.execute("INSERT INTO results VALUES (?, ?, ?, ?, ?, NULL, ?, ?)", values)
+    if not db.execute(f"INSERT INTO results VALUES (?, ?, ?, ?, ?, NULL, ?, ?) {_ONCE}", values).rowcount:
+        raise _twice(row.lane, row.number, "settled")
     if row.gradients is not None:
         db.execute(
             "INSERT INTO gradients VALUES (?, ?, ?, ?)", (*key, row.gradients, seal("gradients", *key, row.gradients))
@@ -163,10 +164,6 @@ def _forget(db: Connection, row: ForgetRecord) -> list[str]:
     for table in ("requests", "gradients", "skipped", "snapshots"):
         db.execute(f"DELETE FROM {table} WHERE lane = ?", (row.key,))
     return [file for (file,) in files]
-
-
-def _holds(db: Connection, table: str, lane: str, number: int) -> bool:
-    return db.execute(f"SELECT 1 FROM {table} WHERE lane = ? AND number = ?", (lane, number)).fetchone() is not None
 
 
 def _unsettled(db: Connection, lane: str, until: int) -> int | None:

@@ -21,6 +21,9 @@ _OWN = (
     *(JournalError, sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError),
     *(OverflowError, TypeError, ValueError),
 )
+# What begins, undoes and ends one post within a transaction.
+_ALONE = ((), ("ROLLBACK", "BEGIN IMMEDIATE"), ())
+_TOGETHER = (("SAVEPOINT post",), ("ROLLBACK TO post",), ("RELEASE post",))
 
 
 @attrs.frozen(eq=False)
@@ -129,17 +132,19 @@ class Writer:
 
     def _write(self, posts: list[_Post]) -> list[tuple[_Post, JournalError | None]]:
         db, gone, done = self._database.connection, [], []
+        # After each statement the thread waits for the interpreter: one post alone does with its transaction.
+        begin, undo, end = _ALONE if len(posts) == 1 else _TOGETHER
         with self._database.named("write"):
             db.execute("BEGIN IMMEDIATE")
             for post in posts:
-                db.execute("SAVEPOINT post")
                 refusal = None
+                _execute(db, begin)
                 try:
                     gone += self._write_post(db, post)
                 except _OWN as error:
-                    db.execute("ROLLBACK TO post")
+                    _execute(db, undo)
                     refusal = _refusal(error)
-                db.execute("RELEASE post")
+                _execute(db, end)
                 done.append((post, refusal))
             self._at("commit")
             db.execute("COMMIT")
@@ -178,6 +183,11 @@ class Writer:
         for post in posts:
             post.durable.set_exception(fresh(death))
         _settle(tickets)
+
+
+def _execute(db: sqlite3.Connection, lines: Sequence[str]) -> None:
+    for line in lines:
+        db.execute(line)
 
 
 def _settle(tickets: Sequence[Inner[None]]) -> None:

@@ -42,6 +42,8 @@ class _Body:
         return message
 
     async def finish(self) -> None:
+        if not self._open:
+            return
         size = 0
         with trio.move_on_after(SECONDS):
             while self._open and size <= MOST:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import trio
 
-from tickwork.errors import EngineStoppedError, JournalError, QueueFullError, RequestFailedError
+from tickwork.errors import EngineStoppedError, JournalError, QueueFullError, RequestFailedError, TickworkError
 from tickwork.futures import Inner, wait
 from tickwork.journal.codec import encode
 from tickwork.journal.journal import Journal
@@ -36,6 +37,7 @@ class Durable:
         self._optional = optional
         self._nursery: trio.Nursery | None = None
         self.failure: JournalError | None = None
+        self._fetched: list[Record] = []
 
     @property
     def on(self) -> bool:
@@ -56,6 +58,8 @@ class Durable:
     def close(self) -> None:
         """Write everything appended and let the next process in."""
         if self.journal is not None:
+            with contextlib.suppress(TickworkError):  # it says so when it can not be written
+                self._append(())
             self.journal.close()
 
     def start(self, act: Callable[..., Awaitable[Any]], *args: Any) -> None:
@@ -124,9 +128,14 @@ class Durable:
             self.start(self._keep, promise, value, error)
 
     def fetched(self, promise: Promise) -> None:
-        """Note that a result was handed over."""
-        if promise.place is not None and promise.keep is not None:
-            self.note(FetchedRecord(*promise.place, time.time()))
+        """Note that a result was handed over; written with whatever comes next, since it saves nobody from anything."""
+        if self.on and promise.place is not None and promise.keep is not None:
+            self._fetched.append(FetchedRecord(*promise.place, time.time()))
+
+    def flush(self) -> None:
+        """Write what waits for something else to be written."""
+        if self._fetched:
+            self.note()
 
     def trim(self, result_seconds: float, refetch_seconds: float) -> None:
         """Let go of what a snapshot covers, and of results as old as ``Promises.sweep`` would have them."""
@@ -160,7 +169,9 @@ class Durable:
 
     def _append(self, records: Sequence[Record]) -> Inner[None]:
         assert self.journal is not None
-        return self.journal.append(records)
+        written = self.journal.append([*self._fetched, *records])
+        self._fetched.clear()
+        return written
 
     async def _room(self) -> None:
         assert self.journal is not None

@@ -85,14 +85,20 @@ class Connection:
                 self._idle.deadline = self.idle_since + IDLE_SECONDS
                 await self._read()
         self.idle_since = None
+        if not ready and not await self._read_head():
+            return None
+        return ready.popleft()
+
+    async def _read_head(self) -> bool:
+        """Read the rest of a head that has begun; False if there is none to be had."""
         with trio.fail_after(READ_SECONDS):
-            while not ready and self._parser.unread_head:
+            while not self._parser.ready and self._parser.unread_head:
                 if self._parser.unread_head > MOST_HEAD:
                     await self._refuse(431, f"the headers are larger than {MOST_HEAD} bytes")
-                    return None
+                    return False
                 if not await self._read():
-                    return None
-        return ready.popleft() if ready else None
+                    return False
+        return bool(self._parser.ready)
 
     async def _read(self) -> bool:
         data = await self._stream.receive_some(MOST_READ)

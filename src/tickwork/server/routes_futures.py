@@ -68,8 +68,9 @@ async def cancel_future(server: Server, owner: str, request: HttpRequest) -> Res
 
 
 async def _settled(server: Server, promise: Promise) -> bool:
-    with trio.move_on_after(server.settings.poll_seconds):
-        await promise.settled.wait()
+    if not promise.settled.is_set():
+        with trio.move_on_after(server.settings.poll_seconds):
+            await promise.settled.wait()
     return promise.settled.is_set()
 
 

@@ -189,6 +189,7 @@ class Server:
         while True:
             await trio.sleep(SWEEP_SECONDS)
             self._skip_gaps()
+            self.durable.flush()
             rounds += 1
             if rounds % 10 == 0:
                 self.promises.sweep(self.settings.result_seconds, self.settings.refetch_seconds)
