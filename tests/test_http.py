@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tickwork.server import http
+from tickwork.server import http, http_answer
 
 LARGE = 2**26
 
@@ -180,7 +180,7 @@ async def test_a_slow_client_is_let_go(server, monkeypatch):
 
 
 async def test_a_client_that_does_not_read_is_let_go(server, monkeypatch):
-    monkeypatch.setattr(http, "WRITE_SECONDS", 0.1)
+    monkeypatch.setattr(http_answer, "WRITE_SECONDS", 0.1)
     client = await trio.open_tcp_stream("127.0.0.1", server[0])
     await client.send_all(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
     await trio.sleep(0.3)
@@ -280,4 +280,4 @@ async def test_the_end_closes_idle_connections_and_lets_busy_ones_answer(server)
 
 async def test_no_header_breaks_the_line():
     with pytest.raises(ValueError, match="line break"):
-        http._head(200, [(b"a", b"b\r\nc: d")], keep=True)
+        http_answer.head_of(200, [(b"a", b"b\r\nc: d")], keep=True)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from email.utils import formatdate
-from functools import lru_cache
-from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote
 
@@ -14,15 +10,15 @@ import httptools
 import trio
 from starlette.types import ASGIApp, Message
 
+from tickwork.server.http_answer import Answer, head_of
 from tickwork.server.http_parser import Incoming, Parser
 
 log = logging.getLogger("tickwork.server")
 
-# Bytes of a request's line and headers; bytes read and written at once; unread bytes taken in before the end.
-MOST_HEAD, MOST_READ, MOST_WRITTEN, MOST_LEFT = 64 * 1024, 64 * 1024, 2**20, 2**20
-# Seconds between two requests of a connection; for the next bytes to come, or to be taken; for the last bytes of all.
-IDLE_SECONDS, READ_SECONDS, WRITE_SECONDS, LINGER_SECONDS = 600.0, 60.0, 60.0, 1.0
-NO_BODY = (204, 304)
+# Bytes of a request's line and headers; bytes read at once; unread bytes taken in before the end.
+MOST_HEAD, MOST_READ, MOST_LEFT = 64 * 1024, 64 * 1024, 2**20
+# Seconds between two requests of a connection; for the next bytes to come; for the last bytes of all.
+IDLE_SECONDS, READ_SECONDS, LINGER_SECONDS = 600.0, 60.0, 1.0
 # Connections at once, unless told otherwise.
 MOST_CONNECTIONS = 4096
 
@@ -108,7 +104,7 @@ class Connection:
 
     async def _answer(self, incoming: Incoming) -> bool:
         """Answer a request; return whether the connection may be used again."""
-        answer = _Answer(self._stream, incoming, lambda: incoming.keep_alive and not self._ending)
+        answer = Answer(self._stream, incoming, lambda: incoming.keep_alive and not self._ending)
         try:
             await self._app(self._scope(incoming), lambda: self._receive(incoming, answer), answer.send)
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, httptools.HttpParserError):
@@ -135,7 +131,7 @@ class Connection:
             "server": self._addresses[1],
         }
 
-    async def _receive(self, incoming: Incoming, answer: _Answer) -> Message:
+    async def _receive(self, incoming: Incoming, answer: Answer) -> Message:
         """Give the application the next part of the body, reading on only when it asks."""
         if incoming.given:
             await answer.end.wait()
@@ -162,7 +158,7 @@ class Connection:
     async def _refuse(self, status: int, detail: str, *more: tuple[bytes, bytes]) -> None:
         body = b'{"detail":"%b"}' % detail.replace('"', "'").encode("ascii", "replace")
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *more]
-        await self._stream.send_all(_head(status, headers, keep=False) + body)
+        await self._stream.send_all(head_of(status, headers, keep=False) + body)
 
     async def _linger(self) -> None:
         """Say that this was all and take in what still comes: a client that is sending would not see its answer."""
@@ -171,72 +167,6 @@ class Connection:
             await self._stream.send_eof()
             while left > 0 and (data := await self._stream.receive_some(MOST_READ)):
                 left -= len(data)
-
-
-class _Answer:
-    """What the application sends, written as HTTP: head and body in one write wherever both are there."""
-
-    def __init__(self, stream: trio.SocketStream, incoming: Incoming, may_keep: Any) -> None:
-        self._stream, self._incoming, self._may_keep = stream, incoming, may_keep
-        self._start: Message = {}
-        self._chunked = False
-        self.end = trio.Event()
-        self.begun, self.reusable = False, True
-
-    async def send(self, message: Message) -> None:
-        """Take a message of the application."""
-        if message["type"] == "http.response.start":
-            self._start = message
-            return
-        body, more = message.get("body", b""), message.get("more_body", False)
-        head = b"" if self.begun else self._head(len(body), more)
-        self.begun = True
-        if self._incoming.method == "HEAD" or self._start["status"] in NO_BODY:
-            body = b""
-        elif self._chunked:
-            body = (b"%x\r\n%b\r\n" % (len(body), body) if body else b"") + (b"" if more else b"0\r\n\r\n")
-        await _write(self._stream, head + body)
-        if not more:
-            self.end.set()
-
-    def _head(self, size: int, more: bool) -> bytes:
-        headers = list(self._start.get("headers", ()))
-        self.reusable = self._may_keep()
-        if not any(name == b"content-length" for name, _ in headers) and self._start["status"] not in NO_BODY:
-            if not more:
-                headers.append((b"content-length", b"%d" % size))
-            elif self._incoming.version == "1.1":
-                self._chunked = True
-                headers.append((b"transfer-encoding", b"chunked"))
-            else:
-                self.reusable = False
-        return _head(self._start["status"], headers, keep=self.reusable)
-
-
-def _head(status: int, headers: Iterable[tuple[bytes, bytes]], *, keep: bool) -> bytes:
-    lines = [b"HTTP/1.1 %d %b" % (status, _phrase(status)), *(b"%b: %b" % header for header in headers)]
-    lines += [b"date: %b" % _date(int(trio.current_time())), b"connection: %b" % (b"keep-alive" if keep else b"close")]
-    if any(b"\r" in line or b"\n" in line for line in lines):
-        raise ValueError("a header holds a line break")
-    return b"\r\n".join([*lines, b"", b""])
-
-
-async def _write(stream: trio.SocketStream, data: bytes) -> None:
-    """Write in parts, each of which the client must take in time."""
-    for start in range(0, len(data), MOST_WRITTEN):
-        with trio.fail_after(WRITE_SECONDS):
-            await stream.send_all(memoryview(data)[start : start + MOST_WRITTEN])
-
-
-@lru_cache
-def _phrase(status: int) -> bytes:
-    return HTTPStatus(status).phrase.encode()
-
-
-@lru_cache(maxsize=2)
-def _date(second: int) -> bytes:
-    """The date, computed once a second."""
-    return formatdate(usegmt=True).encode()
 
 
 def _address(name: Any) -> tuple[str, int] | None:
