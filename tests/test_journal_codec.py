@@ -17,10 +17,11 @@ from hypothesis.extra import numpy as stnp
 
 from tickwork import errors, requests, results
 from tickwork.errors import InvalidRequestError, JournalError, LossError
-from tickwork.journal.codec import decode, encode
+from tickwork.journal.codec import _pack, decode, encode
+from tickwork.journal.columns import Column, Columns
 from tickwork.journal.fields import fields
 from tickwork.journal.losses import GraphLoss, PastLoss
-from tickwork.journal.numbers import SHORTEST_RUN, as_run
+from tickwork.journal.numbers import SHORTEST_RUN, Numbers, as_run
 from tickwork.journal.records import LaneRecord, LossRecord, SamplerRecord, SessionRecord
 from tickwork.journal.values import BY_CLASS, ERRORS
 from tickwork.tensors import TensorData
@@ -184,6 +185,60 @@ def test_passes_are_read_with_their_data(data: Any, loss: Any, config: Any, back
     assert same(decode(encode(ask)), ask)
 
 
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Datum, ...]:
+    """Datums that are alike, as those of a training script are."""
+    lengths = draw(st.lists(st.integers(0, 12), min_size=1, max_size=4))
+    names = draw(st.lists(ids, min_size=1, max_size=3, unique=True))
+    dtypes = {name: draw(st.sampled_from(["float32", "int64"])) for name in names}
+    tail = draw(st.lists(st.integers(0, 3), max_size=2))
+
+    def inputs(length: int) -> dict[str, TensorData]:
+        shape = (length, *tail)
+        return {name: TensorData(draw(stnp.arrays(dtype, shape)), dtype, shape) for name, dtype in dtypes.items()}
+
+    tokens = st.integers(-(2**31), 2**31 - 1)
+    return tuple(
+        Datum(ModelInput.from_ints(draw(st.lists(tokens, min_size=n, max_size=n))), inputs(n)) for n in lengths
+    )
+
+
+@FAST
+@given(batches())
+def test_batches_are_read_from_their_columns(data: tuple[Datum, ...]) -> None:
+    """Datums that are alike are stored name by name, and come back with every bit; so do the outputs of a pass."""
+    ask = requests.ForwardBackward("m", data, "cross_entropy", {}, True, given=data)
+    body = encode(ask)
+    assert (b"Columns" in body) == any(datum.model_input.length for datum in data)
+    assert same(decode(body), ask)
+    told = results.ForwardBackwardOutput("ArrayRecord", [datum.loss_fn_inputs for datum in data], {"loss:sum": 0.5})
+    assert b"Column" in encode(told)
+    assert same(decode(encode(told)), told)
+
+
+UNEVEN = Column("float32", np.zeros(3, "<f4"), np.array([[1], [1]]))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        Columns(np.arange(3, dtype="<i4"), np.array([1, 1]), {}),
+        Columns(np.arange(3, dtype="<i4"), np.array([4, -1]), {}),
+        Columns(np.arange(3, dtype="<i4"), np.array([1.0, 2.0]), {}),
+        Columns(np.arange(3, dtype="<i4"), np.array([1, 2]), {"weights": UNEVEN}),
+        Columns(np.arange(3, dtype="<i4"), np.array([3]), {"weights": Column("int64", np.zeros(3), np.array([[3]]))}),
+        Columns(np.arange(3, dtype="<i4"), np.array([1, 2]), {"w": Column("float32", UNEVEN.values, np.array([[3]]))}),
+    ],
+)
+def test_columns_that_do_not_fit_together_are_refused(columns: Columns) -> None:
+    """Nothing is cut where its lengths do not say so."""
+    tree = json.loads(encode(requests.ForwardBackward("m", (), "x", {}, True, ()))[10:].decode("ascii"))
+    numbers = Numbers()
+    tree["ForwardBackward"]["data"] = _pack(columns, numbers)
+    with pytest.raises(JournalError):
+        decode(frame(json.dumps(tree), b"".join(numbers.parts)))
+
+
 @FAST
 @given(st.lists(st.none() | words | reals | text | stnp.arrays("<f4", 3), max_size=4), st.booleans())
 def test_plain_values_are_read(values: list[Any], as_tuple: bool) -> None:
@@ -195,7 +250,7 @@ def test_plain_values_are_read(values: list[Any], as_tuple: bool) -> None:
 def test_every_stored_class_is_tried() -> None:
     """No class of the table is left out above."""
     inner = {Datum, ModelInput, EncodedTextChunk, TensorData, AdamParams, LoraConfig, SamplingParams}
-    inner |= {requests.ForwardBackward, requests.LossNode, requests.LossGraph, GraphLoss, PastLoss}
+    inner |= {Column, Columns, requests.ForwardBackward, requests.LossNode, requests.LossGraph, GraphLoss, PastLoss}
     inner |= {results.ModelData, results.SampledSequence, results.PromptAltTokens}
     tried = {cls.__name__ for cls in inner | REQUESTS.keys() | RESULTS.keys() | RECORDS.keys()}
     assert {cls.__name__ for cls in BY_CLASS} == tried | {"AdamOptimizerConfig"}

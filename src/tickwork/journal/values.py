@@ -11,6 +11,7 @@ import numpy as np
 from tickwork import errors, requests, results, types
 from tickwork.errors import JournalError
 from tickwork.journal import records
+from tickwork.journal.columns import Column, Columns, columns_of, datums_of, mapping_of, mappings_of
 from tickwork.journal.fields import check_fields, fields
 from tickwork.journal.losses import GraphLoss, PastLoss, stored
 from tickwork.tensors import TensorData
@@ -21,10 +22,19 @@ class _Pass:
     """``requests.ForwardBackward`` without what can not be stored."""
 
     model_id: str
-    data: tuple[types.Datum, ...]
+    data: tuple[types.Datum, ...] | Columns
     loss_fn: str | GraphLoss | PastLoss
     config: Mapping[str, Any]
     backward: bool
+
+
+@attrs.frozen(eq=False)
+class _Outputs:
+    """``results.ForwardBackwardOutput``, output by output or name by name."""
+
+    loss_fn_output_type: str
+    loss_fn_outputs: list[dict[str, TensorData]] | Mapping[str, Column]
+    metrics: dict[str, float]
 
 
 @attrs.frozen(eq=False)
@@ -78,12 +88,26 @@ class Kind:
 
 
 def _pass(ask: requests.ForwardBackward) -> _Pass:
-    return _Pass(ask.model_id, ask.data, stored(ask.loss_fn), ask.config, ask.backward)
+    data = columns_of(ask.data)
+    return _Pass(ask.model_id, ask.data if data is None else data, stored(ask.loss_fn), ask.config, ask.backward)
 
 
-def _forward_backward(**found: Any) -> requests.ForwardBackward:
+def _forward_backward(*, data: tuple[types.Datum, ...] | Columns, **found: Any) -> requests.ForwardBackward:
+    datums = datums_of(data) if isinstance(data, Columns) else data
     # A graph reads the datums; what a callable was given can not be had again.
-    return requests.ForwardBackward(**found, given=found["data"])
+    return requests.ForwardBackward(data=datums, given=datums, **found)
+
+
+def _outputs(output: results.ForwardBackwardOutput) -> _Outputs:
+    named = mapping_of(output.loss_fn_outputs)
+    return _Outputs(output.loss_fn_output_type, output.loss_fn_outputs if named is None else named, output.metrics)
+
+
+def _forward_backward_output(*, loss_fn_outputs: Any, **found: Any) -> results.ForwardBackwardOutput:
+    if isinstance(loss_fn_outputs, Mapping):
+        count = max((len(column.shapes) for column in loss_fn_outputs.values()), default=0)
+        loss_fn_outputs = mappings_of(loss_fn_outputs, count)
+    return results.ForwardBackwardOutput(loss_fn_outputs=loss_fn_outputs, **found)
 
 
 def _tensor(tensor: TensorData) -> _Tensor:
@@ -101,15 +125,16 @@ _PLAIN: tuple[type, ...] = (
     *(requests.Sample, requests.LossNode, requests.LossGraph, requests.MakeLoss),
     *(types.EncodedTextChunk, types.ModelInput, types.Datum, types.AdamParams, types.AdamOptimizerConfig),
     *(types.LoraConfig, types.SamplingParams),
-    *(results.ForwardBackwardOutput, results.OptimStepResponse, results.LoadWeightsResponse),
+    *(results.OptimStepResponse, results.LoadWeightsResponse),
     *(results.SaveWeightsResponse, results.SaveWeightsForSamplerResponse, results.SaveWeightsExternalResponse),
     *(results.ModelData, results.GetInfoResponse, results.SampledSequence, results.PromptAltTokens),
-    *(results.SampleResponse, GraphLoss, PastLoss),
+    *(results.SampleResponse, GraphLoss, PastLoss, Column, Columns),
     *(records.SessionRecord, records.LaneRecord, records.SamplerRecord, records.LossRecord),
 )
 
 BY_CLASS: dict[type, Kind] = {cls: Kind(cls.__name__, cls, _itself, cls) for cls in _PLAIN} | {
     requests.ForwardBackward: Kind("ForwardBackward", _Pass, _pass, _forward_backward),
+    results.ForwardBackwardOutput: Kind("ForwardBackwardOutput", _Outputs, _outputs, _forward_backward_output),
     TensorData: Kind("TensorData", _Tensor, _tensor, TensorData),
 }
 BY_NAME: dict[str, Kind] = {kind.name: kind for kind in BY_CLASS.values()}
