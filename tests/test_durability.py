@@ -12,6 +12,8 @@ from journals import change
 from killing import POINTS, Impatient, Nurse, killed, serving_from, undisturbed
 from served import TINY, Raw, datum, sdk
 from tickwork.errors import JournalError
+from tickwork.journal.report import report
+from tickwork.models import locate
 from tickwork.server import Settings, serve, serving
 
 pytestmark = [
@@ -138,6 +140,36 @@ def test_a_damaged_snapshot_is_computed_again_or_its_model_refused_by_name(tmp_p
         answer = raw.result(raw.optim(model, 3).json()["request_id"])
         assert "damaged" in answer["error"] if trimmed else "metrics" in answer
         assert raw.model()
+
+
+def test_who_looks_on_is_told_what_came_back(tmp_path, nurse):
+    """Before the next start, beside the server that has brought its models back, and where one's base model is gone."""
+    nurse.at(tmp_path, snapshot_seconds=1000)
+    with serving_from(nurse) as url, Raw(url) as raw:
+        model = raw.model()
+        for number in (1, 2):
+            raw.result(raw.forward_backward(model, 2 * number - 1, [datum()]).json()["request_id"])
+            raw.result(raw.optim(model, 2 * number).json()["request_id"])
+        early = raw.optim(model, 6).json()["request_id"]
+        beside = report(tmp_path)
+        nurse.kill()
+        after = report(tmp_path)
+        assert (beside.holder, after.holder) == (str(nurse.pid), None)
+        assert beside.lanes == after.lanes
+        told = after.lanes[model]
+        assert (told.accepted, told.recorded, told.again, told.back) == (6, 5, 5, None)
+        nurse.start()
+        nurse.up()
+        raw.result(raw.optim(model, 5).json()["request_id"])
+        raw.result(early)
+        told = report(tmp_path).lanes[model]
+        assert (told.accepted, told.back, told.ran_again, told.broken) == (7, 4, 5, None)
+        nurse.kill()
+        nurse.settings["models"] = [f"another={locate(TINY)}"]
+        nurse.start()
+        nurse.up()
+        assert "is not served any more" in raw.result(raw.optim(model, 7).json()["request_id"])["error"]
+        assert f"its base model {TINY!r} is not served any more" in report(tmp_path).lanes[model].broken
 
 
 def test_two_servers_do_not_share_a_store(tmp_path):

@@ -11,9 +11,10 @@ import trio
 from tickwork.engine.request import Request
 from tickwork.errors import JournalError, RequestFailedError, TickworkError
 from tickwork.journal.journal import Journal
-from tickwork.journal.lane import PastLane, PastRequest
+from tickwork.journal.lane import PastLane, PastRequest, changes
 from tickwork.journal.losses import GraphLoss
-from tickwork.requests import Captured, CreateModel, ForwardBackward, OpenSampler, OptimStep, Restore
+from tickwork.journal.records import BackRecord
+from tickwork.requests import Captured, ForwardBackward, Restore
 from tickwork.server.durable import lasting
 from tickwork.server.lanes import Ask, Held, reads_checkpoint
 from tickwork.server.server import Server
@@ -60,6 +61,7 @@ class CatchUp:
             return  # the engine has ended
         seconds = trio.current_time() - begun
         log.info("%s is back at request %d; %d ran again, %.1f s", lane.model_id, self._past.next - 1, count, seconds)
+        self._note(count)
         lane.open()
         if self._model.released:
             self._server.sessions.end_lane(self._model)
@@ -111,11 +113,7 @@ class CatchUp:
         if reads_checkpoint(payload):
             message = f"the snapshot of what request {past.number} has loaded is lost"
             raise JournalError(message, lane=past.lane, number=past.number)
-        if isinstance(payload, OpenSampler):
-            return payload.key in self._samplers
-        return isinstance(payload, CreateModel | OptimStep) or (
-            isinstance(payload, ForwardBackward) and payload.backward
-        )
+        return changes(payload, self._samplers)
 
     def _request(self, past: PastRequest) -> Request:
         request = request_of(past, self._model.session)
@@ -135,9 +133,15 @@ class CatchUp:
         if not self._model.created.settled.is_set():
             self._model.created.fulfil(value)
 
+    def _note(self, count: int, why: str | None = None) -> None:
+        """Leave word for whoever looks into the journal."""
+        lane, boots = self._model.lane.model_id, self._journal.recovered.boots
+        self._server.durable.note(BackRecord(lane, boots, self._past.next - 1, count, why))
+
     def _break_off(self, why: RequestFailedError) -> None:
         lane = self._model.lane
         log.error("%s can not be brought back: %s", lane.model_id, why)
+        self._note(0, str(why))
         if self._model.created.place is None and not self._model.created.settled.is_set():
             self._model.created.fail(why)
         for _, held in self._again:
