@@ -113,7 +113,8 @@ def changes(payload: Any, samplers: Collection[str]) -> bool:
         samplers: those that were taken of the model and are still held.
     """
     if isinstance(payload, OpenSampler):
-        return payload.key in samplers
+        # One that follows the model has led all others that do to where the model was.
+        return payload.key in samplers or (payload.inflight and bool(samplers))
     return isinstance(payload, CreateModel | OptimStep) or (isinstance(payload, ForwardBackward) and payload.backward)
 
 

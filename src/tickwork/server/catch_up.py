@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import attrs
 import trio
 
+from tickwork import build
 from tickwork.engine.request import Request
 from tickwork.errors import JournalError, RequestFailedError, TickworkError
 from tickwork.journal.journal import Journal
 from tickwork.journal.lane import PastLane, PastRequest, changes
 from tickwork.journal.losses import GraphLoss
 from tickwork.journal.records import BackRecord
-from tickwork.requests import Captured, ForwardBackward, Restore
+from tickwork.requests import Captured, ForwardBackward, OpenSampler, Restore
 from tickwork.server.durable import lasting
 from tickwork.server.lanes import Ask, Held, reads_checkpoint
 from tickwork.server.server import Server
@@ -74,6 +75,7 @@ class CatchUp:
                 await self._settle(past, held)
             elif self._matters(past):
                 futures.append(await self._server.door.submit(self._request(past)))
+                self._let_go(past)
         for future in futures:
             self._know(await future)
         return len(futures)
@@ -114,6 +116,12 @@ class CatchUp:
             message = f"the snapshot of what request {past.number} has loaded is lost"
             raise JournalError(message, lane=past.lane, number=past.number)
         return changes(payload, self._samplers)
+
+    def _let_go(self, past: PastRequest) -> None:
+        """Let go once more of a sampler that was made again only for what it did to others."""
+        payload = past.payload
+        if isinstance(payload, OpenSampler) and payload.key not in self._samplers:
+            self._server.door.forget(build.release(payload.key, past.lane))
 
     def _request(self, past: PastRequest) -> Request:
         request = request_of(past, self._model.session)
