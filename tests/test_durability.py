@@ -9,7 +9,7 @@ import pytest
 from tinker import types
 
 from journals import change
-from killing import POINTS, Impatient, Nurse, killed, script, serving_from, several, undisturbed
+from killing import POINTS, Nurse, hurry, killed, script, serving_from, several, undisturbed
 from served import TINY, Raw, datum, sdk
 from tickwork.errors import JournalError
 from tickwork.journal.report import report
@@ -35,9 +35,7 @@ def nurse(tmp_path_factory):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Let the official client try again sooner after a lost connection."""
-    for name in ("api_future_impl", "internal_client_holder", "retry_handler", "session_futures_poller"):
-        monkeypatch.setattr(f"tinker.lib.{name}.asyncio", Impatient())
+    hurry(monkeypatch)
 
 
 def test_what_was_accepted_runs_exactly_once_whenever_the_server_is_killed(tmp_path, nurse, impatient):
