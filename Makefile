@@ -3,6 +3,7 @@
 # make demo-clients   four clients at once, each as good as alone
 # make test      install, lint, type-check, test
 # make bench     the tables of speeds
+# make torture   the kill test with 500 kills, a quarter of an hour; TORTURE_KILLS and TORTURE_SEED choose others
 # make test-sdk-matrix   three generations of the official SDK against one server
 # make test-cookbook     recipes of the official cookbook against a server
 # make audit     known vulnerabilities of the pinned versions, from PyPI's database (make test has a list of its own)
@@ -15,7 +16,7 @@ PIN     = --constraint .ci/constraints.txt
 SDKS     = 0.38.0 0.25.0 0.24.1
 COOKBOOK = .venv-cookbook
 
-.PHONY: demo demo-rl demo-clients test lint bench test-sdk-matrix test-cookbook audit clean
+.PHONY: demo demo-rl demo-clients test lint torture bench test-sdk-matrix test-cookbook audit clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/tickwork demo
@@ -34,6 +35,9 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+
+torture: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -s --maxfail 1 tests/torture.py
 
 bench: $(VENV)/.installed-test
 	$(VENV)/bin/python -m bench

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,15 @@ from tinker import types
 from served import TINY, datum, sdk
 
 GUARD = 120.0
+# Turns at the end of a script by which all kills have been.
+CALM = 3
+
+# Turns between the scripts of two seeds.
+APART = 101
+
+# Service, rounds, progress, seed: plays a client and returns everything that it was told.
+Script = Callable[[Any, int, "Progress", int], list[Any]]
+
 # The points of the journal at which a crash would matter, and how often each is passed before the end.
 POINTS = (
     "write",
@@ -175,6 +184,64 @@ class Impatient:
         await asyncio.sleep(min(seconds, 0.2))
 
 
+def hurry(monkeypatch: Any) -> None:
+    """Let the official client try again sooner after a lost connection."""
+    for name in ("api_future_impl", "internal_client_holder", "retry_handler", "session_futures_poller"):
+        monkeypatch.setattr(f"tinker.lib.{name}.asyncio", Impatient())
+
+
+class Progress:
+    """How far a script and its killer have come; neither leaves the other far behind.
+
+    Args:
+        rounds: turns of the script.
+        kills: how often the server is to be killed meanwhile.
+    """
+
+    def __init__(self, rounds: int = 1, kills: int = 0) -> None:
+        self.over = threading.Event()
+        self.killed = 0
+        # So that the script can do no more without a kill, but for a moment in which it is left in peace at the end.
+        self._pace = kills / max(1, rounds - CALM)
+        self._kills, self._turn, self._free = kills, 0, False
+        self._changed = threading.Condition()
+
+    def move(self) -> None:
+        """Note that a turn is done, and wait for the kills that should have come by then."""
+        with self._changed:
+            self._turn += 1
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: not self._ahead, GUARD)
+
+    def wait(self) -> None:
+        """Wait until a turn is done, or none can be before a kill."""
+        with self._changed:
+            turn = self._turn
+            self._changed.wait_for(lambda: self._turn > turn or self._ahead or self.over.is_set(), GUARD)
+
+    def free(self, free: bool) -> None:
+        """Let the script go as far as it comes, since the server ends of itself."""
+        with self._changed:
+            self._free = free
+            self._changed.notify_all()
+
+    def kill(self) -> None:
+        """Note that the server was killed."""
+        with self._changed:
+            self.killed += 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Note that the script is through."""
+        with self._changed:
+            self.over.set()
+            self._changed.notify_all()
+
+    @property
+    def _ahead(self) -> bool:
+        return not self._free and self.killed < min(self._kills, int(self._pace * self._turn))
+
+
 class Killer(threading.Thread):
     """Kills the server again and again: at random instants, some while it starts, and at the journal's own points.
 
@@ -186,7 +253,6 @@ class Killer(threading.Thread):
         super().__init__(daemon=True)
         self._nurse, self._ends, self._progress = nurse, ends, progress
         self._random = random.Random(seed)
-        self.killed = 0
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -196,56 +262,43 @@ class Killer(threading.Thread):
                 if self._progress.over.is_set():
                     break
                 self._once(end)
+                self._progress.kill()
             self._nurse.start()
             self._nurse.up()
         except BaseException as error:
             self.error = error
+        self._progress.free(True)
 
     def _once(self, end: tuple[str, int] | None) -> None:
         if end is not None:
+            self._progress.free(True)
             self._nurse.start(at=end[0], after=end[1])
             self._nurse.ended(self._progress.over)
+            self._progress.free(False)
+            return
+        self._nurse.start()
+        if self._random.random() < 0.2:  # on its way up
+            time.sleep(self._random.random() * 0.5)
         else:
-            self._nurse.start()
-            if self._random.random() < 0.2:  # on its way up
-                time.sleep(self._random.random() * 0.5)
-            else:
-                self._nurse.up()
-                self._progress.wait()
-                time.sleep(self._random.random() * 0.15)
-            self._nurse.kill()
-        self.killed += 1
+            self._nurse.up()
+            self._progress.wait()
+            time.sleep(self._random.random() * 0.15)
+        self._nurse.kill()
 
 
-class Progress:
-    """How far the script has come."""
+def script(service: Any, rounds: int, progress: Progress, seed: int = 0) -> list[Any]:
+    """Train, save, load and sample, and return everything that was told.
 
-    def __init__(self) -> None:
-        self.over = threading.Event()
-        self._moved = threading.Event()
-
-    def move(self) -> None:
-        """Note that something was fetched."""
-        self._moved.set()
-
-    def wait(self) -> None:
-        """Wait until something is."""
-        self._moved.clear()
-        while not self.over.is_set() and not self._moved.wait(0.1):
-            pass
-
-
-def script(service: Any, rounds: int, progress: Progress) -> list[Any]:
-    """Train, save, load and sample, and return everything that was told."""
+    Args:
+        seed: of the datums, and of which turn does what.
+    """
     told: list[Any] = []
     client = service.create_lora_training_client(TINY, rank=4, seed=7).result(GUARD)
     handle = service.create_custom_loss(_square, {"logprobs": 1, "weights": 1}).result(GUARD)
     adam = types.AdamParams(learning_rate=2e-3, grad_clip_norm=5.0)
     waiting: list[tuple[str, Any]] = []
-    saved = None
-    for turn in range(rounds):
-        numbers = np.random.default_rng(turn)
-        data = [datum(numbers.integers(0, 60, size).tolist()) for size in (9, 14)]
+    for turn in range(APART * seed, APART * seed + rounds):
+        data = _data(turn)
         before = waiting
         waiting = [("pass", client.forward_backward(data, "cross_entropy"))]
         if turn % 5 == 2:
@@ -255,19 +308,54 @@ def script(service: Any, rounds: int, progress: Progress) -> list[Any]:
             waiting.append(("save", client.save_state(f"at-{turn}")))
         told += [_told(kind, future.result(GUARD)) for kind, future in before]
         progress.move()
-        if turn % 7 == 4:
-            saved = next(path for path in reversed(told) if isinstance(path, str))
-            client.load_state_with_optimizer(f"tinker://{client.model_id}/weights/{saved}").result(GUARD)
+        if turn % 7 == 4 and (saved := [path for path in told if isinstance(path, str)]):
+            client.load_state_with_optimizer(f"tinker://{client.model_id}/weights/{saved[-1]}").result(GUARD)
         if turn % 6 == 1:
             sampler = client.save_weights_and_get_sampling_client().result()
-            params = types.SamplingParams(max_tokens=6, seed=turn)
-            drawn = sampler.sample(types.ModelInput.from_ints([3, 14, 15]), 2, params).result(GUARD)
-            told += [[list(s.tokens), list(s.logprobs)] for s in drawn.sequences]
+            told += _drawn(sampler, turn)
     told += [_told(kind, future.result(GUARD)) for kind, future in waiting]
     told.append(_told("pass", client.forward(data, "cross_entropy").result(GUARD)))
     told.append(_told("save", client.save_state("end").result(GUARD)))
-    progress.over.set()
+    progress.end()
     return told
+
+
+def several(service: Any, rounds: int, progress: Progress, seed: int = 0) -> list[Any]:
+    """Train several models at once, each with samplers that follow it, and return everything that was told."""
+    told: list[Any] = []
+    making = [service.create_lora_training_client(TINY, rank=rank, seed=rank) for rank in (2, 4, 8)]
+    clients = [each.result(GUARD) for each in making]
+    followers: list[list[Any]] = [[] for _ in clients]
+    adam = types.AdamParams(learning_rate=2e-3)
+    waiting: list[tuple[str, Any]] = []
+    for turn in range(APART * seed, APART * seed + rounds):
+        before, waiting = waiting, []
+        for place, client in enumerate(clients):
+            waiting.append(("pass", client.forward_backward(_data(3 * turn + place), "cross_entropy")))
+            waiting.append(("step", client.optim_step(adam)))
+        told += [_told(kind, future.result(GUARD)) for kind, future in before]
+        progress.move()
+        mine = followers[turn % len(clients)]
+        if len(mine) < 3:
+            made = clients[turn % len(clients)].save_weights_and_get_sampling_client(kind="inflight")
+            mine.append(made.result(GUARD))
+        # The first one follows the later ones, and all stay where they are while their model is trained.
+        told += _drawn(mine[0], turn) + _drawn(mine[-1], turn + 1)
+    told += [_told(kind, future.result(GUARD)) for kind, future in waiting]
+    told += [_told("save", client.save_state(f"end-{place}").result(GUARD)) for place, client in enumerate(clients)]
+    progress.end()
+    return told
+
+
+def _data(turn: int) -> list[types.Datum]:
+    numbers = np.random.default_rng(turn)
+    return [datum(numbers.integers(0, 60, size).tolist()) for size in (9, 14)]
+
+
+def _drawn(sampler: Any, seed: int) -> list[Any]:
+    params = types.SamplingParams(max_tokens=6, seed=seed)
+    drawn = sampler.sample(types.ModelInput.from_ints([3, 14, 15]), 2, params).result(GUARD)
+    return [[list(s.tokens), list(s.logprobs)] for s in drawn.sequences]
 
 
 def _square(logprobs: Any, weights: Any) -> Any:
@@ -290,24 +378,30 @@ def left(store: Path) -> dict[str, bytes]:
     return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in named}
 
 
-def undisturbed(nurse: Nurse, rounds: int) -> tuple[list[Any], dict[str, bytes]]:
-    """Run the script on a server that is let be."""
+def undisturbed(nurse: Nurse, play: Script, rounds: int, seed: int = 0) -> tuple[list[Any], dict[str, bytes]]:
+    """Run a script on a server that is let be."""
     nurse.start()
     with sdk(nurse.up()) as service:
-        told = script(service, rounds, Progress())
+        told = play(service, rounds, Progress(), seed)
     assert nurse.stop() == "ended 0"
     return told, left(Path(nurse.settings["store"]))
 
 
-def killed(nurse: Nurse, rounds: int, ends: Sequence[tuple[str, int] | None], seed: int) -> tuple[Any, Any, int]:
-    """Run the script on servers that are killed; also return how many were."""
-    progress = Progress()
-    killer = Killer(nurse, ends, seed, progress)
+def killed(
+    nurse: Nurse, play: Script, rounds: int, ends: Sequence[tuple[str, int] | None], seed: int = 0
+) -> tuple[Any, Any, int]:
+    """Run a script on servers that are killed; also return how many were.
+
+    Args:
+        seed: of the script; that of the instants is the next.
+    """
+    progress = Progress(rounds, len(ends))
+    killer = Killer(nurse, ends, seed + 1, progress)
     killer.start()
     with sdk(nurse.url) as service:
-        told = script(service, rounds, progress)
+        told = play(service, rounds, progress, seed)
         killer.join(GUARD)
         assert not killer.is_alive()
         assert killer.error is None, killer.error
     nurse.stop()
-    return told, left(Path(nurse.settings["store"])), killer.killed
+    return told, left(Path(nurse.settings["store"])), progress.killed

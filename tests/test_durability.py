@@ -9,9 +9,11 @@ import pytest
 from tinker import types
 
 from journals import change
-from killing import POINTS, Impatient, Nurse, killed, serving_from, undisturbed
+from killing import POINTS, Nurse, hurry, killed, script, serving_from, several, undisturbed
 from served import TINY, Raw, datum, sdk
 from tickwork.errors import JournalError
+from tickwork.journal.report import report
+from tickwork.models import locate
 from tickwork.server import Settings, serve, serving
 
 pytestmark = [
@@ -20,7 +22,8 @@ pytestmark = [
 ]
 ADAM = types.AdamParams(learning_rate=1e-2)
 PROMPT = types.ModelInput.from_ints([3, 14, 15])
-ROUNDS = 90
+LONG = types.SamplingParams(max_tokens=40, seed=5, stop=[])
+ROUNDS = 60
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +35,30 @@ def nurse(tmp_path_factory):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Let the official client try again sooner after a lost connection."""
-    for name in ("api_future_impl", "internal_client_holder", "retry_handler", "session_futures_poller"):
-        monkeypatch.setattr(f"tinker.lib.{name}.asyncio", Impatient())
+    hurry(monkeypatch)
 
 
 def test_what_was_accepted_runs_exactly_once_whenever_the_server_is_killed(tmp_path, nurse, impatient):
     """Killed 33 times, everything the client was told and every checkpoint is bit by bit that of a run left alone."""
     ends = [*[None] * 25, *[(point, random.Random(point).randrange(4)) for point in POINTS]]
     random.Random(0).shuffle(ends)
-    told, files = undisturbed(nurse.at(tmp_path / "calm"), ROUNDS)
-    again, same, count = killed(nurse.at(tmp_path / "killed"), ROUNDS, ends, seed=1)
+    told, files = undisturbed(nurse.at(tmp_path / "calm"), script, ROUNDS)
+    again, same, count = killed(nurse.at(tmp_path / "killed", snapshot_seconds=0.1), script, ROUNDS, ends)
     assert again == told
     assert same == files
     assert len(files) > 10
     assert count == 33
+
+
+def test_several_models_and_samplers_that_follow_them_go_on_to_the_same_bits(tmp_path, nurse, impatient):
+    """On an invariant server, killed a few times, beside each other as alone."""
+    apart = {"invariant": True, "snapshot_seconds": 0.1}
+    ends = [None, ("snapshot-rename", 1), None, None, ("commit", 4), None]
+    told, files = undisturbed(nurse.at(tmp_path / "calm", **apart), several, 12)
+    again, same, count = killed(nurse.at(tmp_path / "killed", **apart), several, 12, ends)
+    assert again == told
+    assert same == files
+    assert (len(files), count) == (6, 6)
 
 
 def steps(raw, model, numbers):
@@ -85,6 +97,28 @@ def test_samplers_and_unfinished_samples_are_there_again(tmp_path, nurse):
         for again in (unfinished.result(60), sampler.sample(PROMPT, 1, params).result(60)):
             assert again.sequences[0].tokens == wanted.sequences[0].tokens
             assert again.sequences[0].logprobs == wanted.sequences[0].logprobs
+
+
+def test_a_sampler_that_follows_its_model_stays_where_it_was_led(tmp_path, nurse):
+    """Also by one that was let go since, to make room; one of its samples is in flight at the end."""
+    nurse.at(tmp_path, snapshot_seconds=1000, max_samplers=2)
+    with sdk_of(nurse) as service, serving_from(nurse):
+        client = service().create_lora_training_client(TINY, rank=4, seed=1).result(60)
+        follows = client.save_weights_and_get_sampling_client(kind="inflight").result(60)
+        first = drawn(follows)
+        train(client)
+        client.save_weights_and_get_sampling_client(kind="inflight").result(60)
+        wanted = drawn(follows)
+        assert wanted != first
+        drawn(service().create_sampling_client(base_model=TINY).result(60))
+        train(client)
+        unfinished = follows.sample(PROMPT, 1, LONG)
+        time.sleep(0.05)
+        nurse.kill()
+        nurse.start()
+        nurse.up()
+        assert drawn(follows, unfinished) == wanted  # one after the other: beside each other they would round otherwise
+        assert drawn(follows) == wanted
 
 
 def test_what_was_loaded_outlives_its_checkpoint(tmp_path, nurse):
@@ -138,6 +172,36 @@ def test_a_damaged_snapshot_is_computed_again_or_its_model_refused_by_name(tmp_p
         answer = raw.result(raw.optim(model, 3).json()["request_id"])
         assert "damaged" in answer["error"] if trimmed else "metrics" in answer
         assert raw.model()
+
+
+def test_who_looks_on_is_told_what_came_back(tmp_path, nurse):
+    """Before the next start, beside the server that has brought its models back, and where one's base model is gone."""
+    nurse.at(tmp_path, snapshot_seconds=1000)
+    with serving_from(nurse) as url, Raw(url) as raw:
+        model = raw.model()
+        for number in (1, 2):
+            raw.result(raw.forward_backward(model, 2 * number - 1, [datum()]).json()["request_id"])
+            raw.result(raw.optim(model, 2 * number).json()["request_id"])
+        early = raw.optim(model, 6).json()["request_id"]
+        beside = report(tmp_path)
+        nurse.kill()
+        after = report(tmp_path)
+        assert (beside.holder, after.holder) == (str(nurse.pid), None)
+        assert beside.lanes == after.lanes
+        told = after.lanes[model]
+        assert (told.accepted, told.recorded, told.again, told.back) == (6, 5, 5, None)
+        nurse.start()
+        nurse.up()
+        raw.result(raw.optim(model, 5).json()["request_id"])
+        raw.result(early)
+        told = report(tmp_path).lanes[model]
+        assert (told.accepted, told.back, told.ran_again, told.broken) == (7, 4, 5, None)
+        nurse.kill()
+        nurse.settings["models"] = [f"another={locate(TINY)}"]
+        nurse.start()
+        nurse.up()
+        assert "is not served any more" in raw.result(raw.optim(model, 7).json()["request_id"])["error"]
+        assert f"its base model {TINY!r} is not served any more" in report(tmp_path).lanes[model].broken
 
 
 def test_two_servers_do_not_share_a_store(tmp_path):
@@ -215,6 +279,11 @@ class sdk_of:  # noqa: N801
 def train(client):
     client.forward_backward([datum()], "cross_entropy")
     client.optim_step(ADAM).result(60)
+
+
+def drawn(sampler, pending=None):
+    sequence = (pending or sampler.sample(PROMPT, 1, LONG)).result(60).sequences[0]
+    return list(sequence.tokens), list(sequence.logprobs)
 
 
 def logprobs(client):

@@ -22,6 +22,7 @@ from tickwork.catalogue import Catalogue
 from tickwork.cli_clients import demo_clients
 from tickwork.cli_conformance import conformance
 from tickwork.cli_keys import keys
+from tickwork.cli_runs import COLUMNS, listed
 from tickwork.cli_server import serve
 from tickwork.models import supported
 from tickwork.results import as_json
@@ -115,9 +116,12 @@ def models(as_text: bool) -> None:
 @store_option
 @json_option
 def runs(store: Path, as_text: bool) -> None:
-    """List the training runs of a store."""
-    columns = ["training_run_id", "base_model", "lora_rank", "last_request_time"]
-    _show(Catalogue(store).runs(), columns, as_text)
+    """List the training runs of a store, and what its journal tells of them, also while a server has it open."""
+    found = listed(store, lambda what: click.echo(what, err=True))
+    if as_text:
+        click.echo(json.dumps([each.as_json() for each in found], indent=1))
+    else:
+        _table(COLUMNS, [list(map(_cell, each.cells())) for each in found])
 
 
 @main.group()
@@ -244,7 +248,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(column, overflow="fold")  # a path must stay whole to be of use
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # ids hold :train:, which would be shown as a tram
 
 
 def _cell(value: Any) -> str:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from tickwork.errors import JournalError
 from tickwork.files import sync, write_json
+from tickwork.journal.file import FORMAT, JournalFile
 from tickwork.journal.lock import Lock
-from tickwork.journal.witness import lost_pages
 
-FORMAT = 1
 NAMED = ("sessions", "lanes", "samplers", "losses")
 # "process": what was acknowledged outlives the process. "power": the machine too, at one sync for each group.
 Durability = Literal["process", "power"]
@@ -33,9 +29,12 @@ _SCHEMA = (
         checksum TEXT NOT NULL, seal BLOB NOT NULL, UNIQUE (lane, number))""",
     f"INSERT INTO meta VALUES ('format', {FORMAT}), ('boots', 0)",
 )
+# For whoever looks on: nothing is brought back from it, so the format is the same with and without.
+_BACK = """CREATE TABLE IF NOT EXISTS back (lane TEXT PRIMARY KEY, boots INTEGER NOT NULL, number INTEGER NOT NULL,
+    again INTEGER NOT NULL, why TEXT, seal BLOB NOT NULL)"""
 
 
-class Database:
+class Database(JournalFile):
     """An open journal file.
 
     Args:
@@ -49,7 +48,7 @@ class Database:
     """
 
     def __init__(self, folder: Path, durability: Durability = "process") -> None:
-        self.folder, self.file = folder, folder / "journal.sqlite3"
+        super().__init__(folder, "a folder it can write")
         with self.named("open"):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(folder / "lock")
@@ -74,36 +73,24 @@ class Database:
         finally:
             self._lock.release()
 
-    @contextlib.contextmanager
-    def named(self, act: str) -> Iterator[None]:
-        """Turn what SQLite and the disk raise into a ``JournalError`` that says what to do."""
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            raise self._explained(act, error) from error
-        except OSError as error:
-            raise JournalError(
-                f"can not {act} the journal in {self.folder}: {error}; it needs a folder it can write"
-            ) from error
-
     def _connect(self, durability: Durability) -> sqlite3.Connection:
-        known = self.folder / "format.json"
-        if known.exists() and not (self.file.exists() and self.file.stat().st_size):
-            raise self._damaged("its file is gone or empty")
-        self._check_log()
+        self.check_there()
+        self.check_log()
         # Handed from the thread that opens it to the one that writes.
         connection = sqlite3.connect(self.file, isolation_level=None, check_same_thread=False, timeout=0)
         self.connection = connection
         self._prepare(connection, durability)
-        self._check(connection)
-        if not known.exists():
-            write_json(known, {"format": FORMAT})
+        self.check_pages(connection)
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.execute(_BACK)
+        if not self.known.exists():
+            write_json(self.known, {"format": FORMAT})
         return connection
 
     def _prepare(self, connection: sqlite3.Connection, durability: Durability) -> None:
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if tables:
-            self._check_format(connection)
+            self.check_format(connection)
         else:
             connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
         connection.execute("PRAGMA journal_mode=WAL")
@@ -115,48 +102,7 @@ class Database:
                 connection.execute(line)
             sync(self.folder)
 
-    def _check_format(self, connection: sqlite3.Connection) -> None:
-        try:
-            (found,) = connection.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()
-        except (sqlite3.OperationalError, TypeError):
-            raise JournalError(f"{self.file} is no journal: give this process a store of its own") from None
-        if found != FORMAT:
-            raise JournalError(
-                f"the journal in {self.folder} is of format {found}; this version of Tickwork reads {FORMAT}: "
-                f"use the version that wrote it, or move the folder away to start without it"
-            )
-
-    def _check_log(self) -> None:
-        lost = lost_pages(self.file)
-        if lost:
-            raise JournalError(
-                f"{self.file}-wal lacks {lost} pages that were committed: it is damaged or was cut short. "
-                f"Bring it back from a copy; or delete {self.file}-shm to go on without what those pages held"
-            )
-
-    def _check(self, connection: sqlite3.Connection) -> None:
-        (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-        if verdict != "ok":
-            raise self._damaged(verdict)
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-
     def _boot(self) -> int:
         self.connection.execute("UPDATE meta SET value = value + 1 WHERE name = 'boots'")
         (boots,) = self.connection.execute("SELECT value FROM meta WHERE name = 'boots'").fetchone()
         return int(boots)
-
-    def _damaged(self, what: object) -> JournalError:
-        return JournalError(
-            f"the journal in {self.folder} is damaged: {what}. Bring it back from a copy; or move the folder away to "
-            f"start without what was in flight: checkpoints are not in it"
-        )
-
-    def _explained(self, act: str, error: sqlite3.DatabaseError) -> JournalError:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code == sqlite3.SQLITE_FULL:
-            return JournalError(
-                f"the disk of {self.folder} is full: make room and start again; what was acknowledged is there"
-            )
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            return self._damaged(error)
-        return JournalError(f"can not {act} the journal in {self.folder}: {error}; it needs a folder it can write")

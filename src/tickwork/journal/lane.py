@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from tickwork.errors import JournalError
 from tickwork.journal.records import LaneRecord, SnapshotRecord
+from tickwork.requests import CreateModel, ForwardBackward, OpenSampler, OptimStep
 
 
 @attrs.frozen(eq=False)
@@ -103,6 +104,18 @@ def follow(
     cut = rest if broken else [other for other in rest if isinstance(entries[other], JournalError)]
     gaps = tuple(sorted(skipped))
     return PastLane(about, snapshot, tuple(requests), number, tuple(early), gaps, broken, tuple(cut))
+
+
+def changes(payload: Any, samplers: Collection[str]) -> bool:
+    """Whether a lane without a request that has succeeded would be another.
+
+    Args:
+        samplers: those that were taken of the model and are still held.
+    """
+    if isinstance(payload, OpenSampler):
+        # One that follows the model has led all others that do to where the model was.
+        return payload.key in samplers or (payload.inflight and bool(samplers))
+    return isinstance(payload, CreateModel | OptimStep) or (isinstance(payload, ForwardBackward) and payload.backward)
 
 
 def _run(

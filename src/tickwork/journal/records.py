@@ -156,6 +156,24 @@ class SnapshotRecord:
 
 
 @attrs.frozen
+class BackRecord:
+    """How a lane came back when the journal was last opened; nothing is brought back from it.
+
+    Args:
+        boots: how often the journal had been opened by then.
+        number: its last request of before.
+        again: how many requests ran again.
+        why: why it could not be brought back, if it could not.
+    """
+
+    lane: str
+    boots: int
+    number: int
+    again: int = 0
+    why: str | None = None
+
+
+@attrs.frozen
 class ForgetRecord:
     """A session, lane, sampler or loss is over; with a lane go its requests and snapshots, not its results.
 
@@ -176,5 +194,14 @@ class TrimRecord:
 
 
 Named = SessionRecord | LaneRecord | SamplerRecord | LossRecord
-Change = RequestRecord | ResultRecord | FetchedRecord | SkippedRecord | SnapshotRecord | ForgetRecord | TrimRecord
+Change = (
+    RequestRecord
+    | ResultRecord
+    | FetchedRecord
+    | SkippedRecord
+    | SnapshotRecord
+    | BackRecord
+    | ForgetRecord
+    | TrimRecord
+)
 Record = Named | Change

@@ -12,6 +12,7 @@ from tickwork.errors import JournalError
 from tickwork.journal.codec import encode
 from tickwork.journal.database import NAMED
 from tickwork.journal.records import (
+    BackRecord,
     Change,
     FetchedRecord,
     ForgetRecord,
@@ -134,6 +135,11 @@ def _skipped(db: Connection, row: SkippedRecord) -> None:
     db.execute("INSERT INTO skipped VALUES (?, ?, ?, ?)", (*cells, seal("skipped", *cells)))
 
 
+def _back(db: Connection, row: BackRecord) -> None:
+    cells = (row.lane, row.boots, row.number, row.again, row.why)
+    db.execute("INSERT OR REPLACE INTO back VALUES (?, ?, ?, ?, ?, ?)", (*cells, seal("back", *cells)))
+
+
 def _snapshot(db: Connection, row: SnapshotRecord, keep: int) -> list[str]:
     waiting = _unsettled(db, row.lane, row.number)
     if waiting is not None:
@@ -161,7 +167,7 @@ def _forget(db: Connection, row: ForgetRecord) -> list[str]:
         message = f"lane {row.key!r} can not be forgotten before its request {waiting} is settled"
         raise JournalError(message, lane=row.key, number=waiting)
     files = db.execute("SELECT file FROM snapshots WHERE lane = ?", (row.key,)).fetchall()
-    for table in ("requests", "gradients", "skipped", "snapshots"):
+    for table in ("requests", "gradients", "skipped", "snapshots", "back"):
         db.execute(f"DELETE FROM {table} WHERE lane = ?", (row.key,))
     return [file for (file,) in files]
 
@@ -184,5 +190,6 @@ _WRITE: dict[type, Callable[[Connection, Any], None]] = {
     ResultRecord: _result,
     FetchedRecord: _fetched,
     SkippedRecord: _skipped,
+    BackRecord: _back,
     TrimRecord: trim,
 }

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import attrs
 import trio
 
+from tickwork import build
 from tickwork.engine.request import Request
 from tickwork.errors import JournalError, RequestFailedError, TickworkError
 from tickwork.journal.journal import Journal
-from tickwork.journal.lane import PastLane, PastRequest
+from tickwork.journal.lane import PastLane, PastRequest, changes
 from tickwork.journal.losses import GraphLoss
-from tickwork.requests import Captured, CreateModel, ForwardBackward, OpenSampler, OptimStep, Restore
+from tickwork.journal.records import BackRecord
+from tickwork.requests import Captured, ForwardBackward, OpenSampler, Restore
 from tickwork.server.durable import lasting
 from tickwork.server.lanes import Ask, Held, reads_checkpoint
 from tickwork.server.server import Server
@@ -60,6 +62,7 @@ class CatchUp:
             return  # the engine has ended
         seconds = trio.current_time() - begun
         log.info("%s is back at request %d; %d ran again, %.1f s", lane.model_id, self._past.next - 1, count, seconds)
+        self._note(count)
         lane.open()
         if self._model.released:
             self._server.sessions.end_lane(self._model)
@@ -72,6 +75,7 @@ class CatchUp:
                 await self._settle(past, held)
             elif self._matters(past):
                 futures.append(await self._server.door.submit(self._request(past)))
+                self._let_go(past)
         for future in futures:
             self._know(await future)
         return len(futures)
@@ -111,11 +115,13 @@ class CatchUp:
         if reads_checkpoint(payload):
             message = f"the snapshot of what request {past.number} has loaded is lost"
             raise JournalError(message, lane=past.lane, number=past.number)
-        if isinstance(payload, OpenSampler):
-            return payload.key in self._samplers
-        return isinstance(payload, CreateModel | OptimStep) or (
-            isinstance(payload, ForwardBackward) and payload.backward
-        )
+        return changes(payload, self._samplers)
+
+    def _let_go(self, past: PastRequest) -> None:
+        """Let go once more of a sampler that was made again only for what it did to others."""
+        payload = past.payload
+        if isinstance(payload, OpenSampler) and payload.key not in self._samplers:
+            self._server.door.forget(build.release(payload.key, past.lane))
 
     def _request(self, past: PastRequest) -> Request:
         request = request_of(past, self._model.session)
@@ -135,9 +141,15 @@ class CatchUp:
         if not self._model.created.settled.is_set():
             self._model.created.fulfil(value)
 
+    def _note(self, count: int, why: str | None = None) -> None:
+        """Leave word for whoever looks into the journal."""
+        lane, boots = self._model.lane.model_id, self._journal.recovered.boots
+        self._server.durable.note(BackRecord(lane, boots, self._past.next - 1, count, why))
+
     def _break_off(self, why: RequestFailedError) -> None:
         lane = self._model.lane
         log.error("%s can not be brought back: %s", lane.model_id, why)
+        self._note(0, str(why))
         if self._model.created.place is None and not self._model.created.settled.is_set():
             self._model.created.fail(why)
         for _, held in self._again:
