@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import attrs
 import trio
 
+from tickwork import build
 from tickwork.engine.request import Request
-from tickwork.errors import JournalError, RequestFailedError, TickworkError
+from tickwork.errors import JournalError, RequestFailedError, TickworkError, lasting
 from tickwork.journal.journal import Journal
 from tickwork.journal.lane import PastLane, PastRequest
 from tickwork.journal.losses import GraphLoss
-from tickwork.requests import Captured, CreateModel, ForwardBackward, OpenSampler, OptimStep, Restore
-from tickwork.server.durable import lasting
-from tickwork.server.lanes import Ask, Held, reads_checkpoint
+from tickwork.requests import Captured, ForwardBackward, OpenSampler, Restore, changes_model, reads_checkpoint
+from tickwork.server.lanes import Ask, Held
 from tickwork.server.server import Server
 from tickwork.server.session import Model, Session
 
@@ -113,9 +113,7 @@ class CatchUp:
             raise JournalError(message, lane=past.lane, number=past.number)
         if isinstance(payload, OpenSampler):
             return payload.key in self._samplers
-        return isinstance(payload, CreateModel | OptimStep) or (
-            isinstance(payload, ForwardBackward) and payload.backward
-        )
+        return changes_model(payload)
 
     def _request(self, past: PastRequest) -> Request:
         request = request_of(past, self._model.session)
@@ -151,9 +149,7 @@ def request_of(past: PastRequest, session: Session) -> Ask:
     payload = past.payload
     if isinstance(payload, TickworkError):
         return payload
-    if not isinstance(payload, ForwardBackward):
-        return Request("step", past.lane, payload)
-    if isinstance(payload.loss_fn, GraphLoss) and (loss := session.losses.get(payload.loss_fn.loss_id)) is not None:
+    graph = payload.loss_fn if isinstance(payload, ForwardBackward) else None
+    if isinstance(graph, GraphLoss) and (loss := session.losses.get(graph.loss_id)) is not None:
         payload = attrs.evolve(payload, loss_fn=loss)
-    rows = tuple(datum.model_input.length for datum in payload.data)
-    return Request("pass", past.lane, payload, rows, whole=callable(payload.loss_fn), tokens=sum(rows))
+    return build.again(past.lane, payload)
