@@ -37,8 +37,12 @@ MAY = {
         *("tensors", "types", "models", "records", "store", "catalogue"),
     },
     "store.py": {"catalogue", "compute", "errors", "files", "records", "results", "seal"},
+    "kept": {
+        *("build", "engine", "errors", "futures", "journal", "kept"),
+        *("records", "requests", "results", "types"),
+    },
     "clients": {
-        *("clients", "engine", "executor", "errors", "futures", "catalogue"),
+        *("clients", "engine", "executor", "errors", "futures", "catalogue", "kept"),
         *("build", "convert", "models", "requests", "results", "seal", "tensors", "types"),
     },
     "build.py": {"convert", "engine", "errors", "records", "requests", "results", "seal", "types"},
@@ -92,7 +96,7 @@ def test_torch_and_trio_stay_in_their_rooms(file: Path) -> None:
     if room(file) not in TORCH_ROOMS:
         assert "torch" not in every - LAZY.get(room(file), set())
         assert not {"torch", "transformers"} & tops(imported(file, top_level=True))
-    if room(file) in {"compute", "journal", "store.py"}:
+    if room(file) in {"compute", "journal", "kept", "store.py"}:
         assert "trio" not in every
 
 
@@ -115,6 +119,18 @@ def test_kernels_know_nothing_of_tickwork(file: Path) -> None:
 def test_importing_tickwork_does_not_import_torch() -> None:
     """Torch is loaded when the first model is built, not before."""
     code = "import sys, tickwork; tickwork.ServiceClient(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_journal_in_process_needs_nothing_of_the_server(tmp_path: Path) -> None:
+    """The extra packages of the server are loaded by the server alone."""
+    extra = {"starlette", "orjson", "zstandard", "httptools", "google.protobuf", "pydantic", "prometheus_client"}
+    code = f"""
+import sys, tickwork, tickwork.kept.catch_up
+with tickwork.ServiceClient(store={str(tmp_path)!r}, journal="process") as service:
+    service.resumable()
+sys.exit(bool({extra} & sys.modules.keys()))
+"""
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -425,7 +425,7 @@ def test_a_store_without_a_folder_goes_with_its_service(caplog: pytest.LogCaptur
     write(store, name="y")
     assert len(store.catalogue.checkpoints()) == 2
     assert [record.message for record in caplog.records if "no store folder" in record.message] == [
-        "no store folder was given: checkpoints live until this service is closed"
+        "no store folder was given: runs and checkpoints live until this service is closed"
     ]
     store.catalogue.close()
     assert not root.exists()

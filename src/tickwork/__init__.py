@@ -32,6 +32,9 @@ from tickwork.errors import (
 # What you wait for.
 from tickwork.futures import APIFuture, Future
 
+# What comes back after a crash.
+from tickwork.kept.results import RecordedResult, ResumableRun
+
 # What comes back.
 from tickwork.results import (
     Checkpoint,
@@ -94,10 +97,12 @@ __all__ = [
     "OptimStepResponse",
     "ParsedCheckpointTinkerPath",
     "QueueFullError",
+    "RecordedResult",
     "RequestCancelledError",
     "RequestErrorCategory",
     "RequestFailedError",
     "RestClient",
+    "ResumableRun",
     "SampleResponse",
     "SampledSequence",
     "SamplingClient",

@@ -26,8 +26,7 @@ def forward_backward(model_id: str, data: Any, loss_fn: Any, config: Any, backwa
     given = tuple(data) if isinstance(data, Iterable) and not isinstance(data, str | bytes | dict) else data
     datums = as_data(given)
     payload = ForwardBackward(model_id, datums, loss_fn, as_config(config), backward, given)
-    rows = tuple(datum.model_input.length for datum in datums)
-    return Request("pass", model_id, payload, rows, whole=callable(loss_fn), tokens=sum(rows))
+    return again(model_id, payload)
 
 
 def create_model(ask: CreateModel, optimizer: Any = None) -> Request:
@@ -92,6 +91,14 @@ def open_sampler(key: str, path: str | None, base_model: str | None) -> Request:
     if path is not None:
         ParsedCheckpointTinkerPath.from_tinker_path(path)
     return Request("step", key, OpenSampler(key, base_model, path))
+
+
+def again(lane: str, payload: Any) -> Request:
+    """Build a request of a training model from what was recorded of it."""
+    if not isinstance(payload, ForwardBackward):
+        return Request("step", lane, payload)
+    rows = tuple(datum.model_input.length for datum in payload.data)
+    return Request("pass", lane, payload, rows, whole=callable(payload.loss_fn), tokens=sum(rows))
 
 
 def release(key: str, lane: str) -> Request:

@@ -132,6 +132,10 @@ class Catalogue:
             raise CheckpointError(f"there is no training run {run_id!r}")
         return run
 
+    def find_run(self, run_id: str) -> Run | None:
+        """Return one run as it is recorded, or None."""
+        return read_run(self.run_folder(run_id))
+
     def set_project(self, session_id: str, project_id: str | None) -> None:
         """Put the runs of a session into a project."""
         with self.lock:

@@ -135,6 +135,11 @@ class EngineStoppedError(RequestFailedError):
     category = RequestErrorCategory.SERVER
 
 
+def lasting(error: BaseException | None) -> bool:
+    """Whether a request ended, well or not; otherwise it was the engine that ended, and it may be run again."""
+    return error is None or (isinstance(error, RequestFailedError) and not isinstance(error, EngineStoppedError))
+
+
 def _rebuild(cls: type[BaseException], args: tuple[object, ...], state: dict[str, object]) -> BaseException:
     error = cls.__new__(cls, *args)
     error.args = args

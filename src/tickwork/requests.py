@@ -47,6 +47,7 @@ class ForwardBackward:
 
     Args:
         given: the datums as the caller gave them; what a custom loss is called with.
+        gradients: d loss / d logprobs of each datum, float32, in place of a custom loss that can not be called again.
     """
 
     model_id: str
@@ -55,6 +56,7 @@ class ForwardBackward:
     config: Mapping[str, Any]
     backward: bool
     given: Sequence[Any] = ()
+    gradients: tuple[np.ndarray, ...] | None = None
 
 
 @attrs.frozen(eq=False)
@@ -113,9 +115,14 @@ class OpenSampler:
 
 @attrs.frozen(eq=False)
 class Capture:
-    """Copy the state of a training model, and of the samplers that were taken of it."""
+    """Copy the state of a training model, and of the samplers that were taken of it.
+
+    Args:
+        samplers: whether those belong to it; without, they end with the process.
+    """
 
     model_id: str
+    samplers: bool = True
 
 
 @attrs.frozen(eq=False)
@@ -215,3 +222,14 @@ class MakeLoss:
     """Make a ``CustomLoss`` from a graph."""
 
     graph: LossGraph
+
+
+def reads_checkpoint(payload: Any) -> bool:
+    """Whether a request can not be done again once a checkpoint is gone."""
+    return isinstance(payload, Load) or (isinstance(payload, CreateModel) and payload.path is not None)
+
+
+def changes_model(payload: Any) -> bool:
+    """Whether a request that has succeeded left its training model another than it was."""
+    backward = isinstance(payload, ForwardBackward) and payload.backward
+    return backward or isinstance(payload, CreateModel | OptimStep | Load)

@@ -105,9 +105,7 @@ class Store:
         target = self.catalogue.folder(meta.path)
         if target.exists() and not overwrite and not _saved_by(target, meta.request_id):
             raise CheckpointError(f"{meta.path} exists: choose another name or pass overwrite=True")
-        if not self._told:
-            log.warning("no store folder was given: checkpoints live until this service is closed")
-            self._told = True
+        self.tell()
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{NEW}{uuid.uuid4().hex}")
         temporary.mkdir()
@@ -120,6 +118,12 @@ class Store:
             raise
         sync(target.parent)
         return meta.path
+
+    def tell(self) -> None:
+        """Say once what becomes of everything where no folder was given."""
+        if not self._told:
+            log.warning("no store folder was given: runs and checkpoints live until this service is closed")
+            self._told = True
 
     def read(self, path: str) -> Saved:
         """Read a checkpoint and verify every byte.

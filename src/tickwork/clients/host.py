@@ -8,7 +8,10 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import trio
 
 from tickwork import build
 from tickwork.catalogue import Catalogue
@@ -22,18 +25,44 @@ from tickwork.errors import ClosedError, InvalidRequestError, WrongThreadError
 from tickwork.executor import LocalExecutor
 from tickwork.futures import Future, must_run
 
+if TYPE_CHECKING:
+    from tickwork.kept.keeper import Keeper
+
 Build = Callable[[], Request]
+
+
+class Door(Protocol):
+    """Takes a client's requests in: the host, or, where there is a journal, the lane of a training model."""
+
+    def submit(self, build: Build) -> Future[Any]:
+        """Build and post a request; see ``Host.submit``."""
+
+    async def submit_async(self, build: Build) -> Future[Any]:
+        """Build and post a request; see ``Host.submit_async``."""
+
+    def forget(self, key: str, lane: str) -> None:
+        """Let go of a model or sampler; see ``Host.forget``."""
 
 
 class Host:
     """One engine, started when first needed, in a thread of its own unless a portal is given.
 
+    Args:
+        keeper: the way into the journal, if there is one; closed with the host.
+
     Room: any thread.
     """
 
-    def __init__(self, engine: Engine, catalogue: Catalogue, user_metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        catalogue: Catalogue,
+        user_metadata: Mapping[str, str] | None = None,
+        keeper: Keeper | None = None,
+    ) -> None:
         self.engine = engine
         self.catalogue = catalogue
+        self.keeper = keeper
         self.user_metadata = as_metadata(user_metadata)
         self.session_id = str(uuid.uuid4())
         self._portal: Portal | None = None
@@ -57,11 +86,21 @@ class Host:
             if self._closed:
                 raise ClosedError("the service is closed: make a new ServiceClient")
             if self._portal is None:
-                self._thread = EngineThread(self.engine)
+                keeper = self.keeper
+                self._thread = EngineThread(self.engine) if keeper is None else EngineThread(self.engine, keeper.drain)
                 self._portal = self._thread.start()
                 # A service whose last reference goes drains and ends by itself.
-                weakref.finalize(self, self._portal.close).atexit = False
+                end = self._portal.close if keeper is None else partial(keeper.retire, self._portal)
+                weakref.finalize(self, end).atexit = False
             return self._portal
+
+    def door(self, model_id: str) -> Door:
+        """Return what takes the requests of a new training model in."""
+        if self.keeper is None:
+            return self
+        from tickwork.kept.lane import KeptLane  # noqa: PLC0415  only where there is a journal
+
+        return KeptLane(self.keeper, self.portal, model_id)
 
     def next_id(self, kind: str) -> str:
         """Return the next ``SESSION:train:N`` or ``SESSION:sample:N``."""
@@ -122,7 +161,14 @@ class Host:
             if first and self._thread is not None:
                 self._thread.abort() if abort else self._thread.close()
         finally:
+            if self.keeper is not None:
+                self.keeper.close()
             self.catalogue.close()
+
+    async def drain(self) -> None:
+        """Under Trio, wait until all that was accepted is done, where some of it is not with the engine yet."""
+        if self.keeper is not None:
+            await trio.to_thread.run_sync(self.keeper.drain, self.portal, abandon_on_cancel=True)
 
     def abandon(self) -> None:
         """Let a close that is draining in another thread end after the current job, and wait for that."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
 from tickwork.clients.host import Host
+from tickwork.clients.resuming import Durability
 from tickwork.clients.service import DTypeName, Metadata, Path, ServiceClient
 
 
@@ -24,13 +26,15 @@ async def open_service(
     invariant: bool = False,
     checkpoint_activations: bool = False,
     adapter_memory: int | None = None,
+    journal: Durability | None = None,
 ) -> AsyncIterator[ServiceClient]:
     """Run a service in a nursery of the calling Trio task; arguments as for ``ServiceClient``.
 
     Leaving normally drains what was accepted. An error in the body cancels the engine, and the engine's death the
     body; either leaves as it is, not in an ExceptionGroup.
     """
-    service = ServiceClient(
+    make = partial(
+        ServiceClient,
         user_metadata,
         store=store,
         device=device,
@@ -41,7 +45,9 @@ async def open_service(
         invariant=invariant,
         checkpoint_activations=checkpoint_activations,
         adapter_memory=adapter_memory,
+        journal=journal,
     )
+    service = await trio.to_thread.run_sync(make)  # it reads the store
     async with hosted(service.host):
         yield service
 
@@ -61,10 +67,12 @@ async def hosted(host: Host) -> AsyncIterator[None]:
                 failure = error  # to leave as it is, without an ExceptionGroup around it
                 nursery.cancel_scope.cancel("the body of open_service failed")
             else:
+                await host.drain()
                 host.portal.close()
     except BaseExceptionGroup as group:
         raise (group.exceptions[0] if len(group.exceptions) == 1 else group) from None
     finally:
-        host.close(abort=True)
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(partial(host.close, abort=True))
     if failure is not None:
         raise failure

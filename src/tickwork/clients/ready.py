@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any, Self
 
-from tickwork.clients.host import Host
+from tickwork.clients.host import Door
 from tickwork.futures import Future
 
 
@@ -15,8 +15,8 @@ class Ready:
     They write ``client = create()``, ``client = create().result()`` or ``client = await create()``.
     """
 
-    def __init__(self, host: Host, ready: Future[Any]) -> None:
-        self._host = host
+    def __init__(self, door: Door, ready: Future[Any]) -> None:
+        self._door = door
         self._ready = ready
 
     def __await__(self) -> Generator[Any, Any, Self]:

@@ -6,7 +6,8 @@ import weakref
 from functools import partial
 from typing import Any
 
-from tickwork.clients.host import Host
+from tickwork import build
+from tickwork.clients.host import Door, Host
 from tickwork.clients.ready import Ready
 from tickwork.convert import as_prompt, as_sampling_params
 from tickwork.engine.request import Request
@@ -26,10 +27,10 @@ class SamplingClient(Ready):
     Room: any thread, asyncio loop or Trio run. The weights are freed when the client is no longer referenced.
     """
 
-    def __init__(self, host: Host, key: str, lane: str, ready: Future[Any], base_model: str | None) -> None:
-        super().__init__(host, ready)
+    def __init__(self, door: Door, key: str, lane: str, ready: Future[Any], base_model: str | None) -> None:
+        super().__init__(door, ready)
         self._key, self._lane, self._base_model = key, lane, base_model
-        weakref.finalize(self, host.forget, key, lane).atexit = False
+        weakref.finalize(self, door.forget, key, lane).atexit = False
 
     def __repr__(self) -> str:
         return f"<SamplingClient {self._key}>"
@@ -66,7 +67,7 @@ class SamplingClient(Ready):
         """
         scores = (include_prompt_logprobs, topk_prompt_logprobs, topk_sample_logprobs, prompt_logprobs_last_n)
         others = (target_prompt_logprobs, prompt_alt_tokens_k)
-        return self._host.submit(partial(self._request, prompt, num_samples, sampling_params, scores, others))
+        return self._door.submit(partial(self._request, prompt, num_samples, sampling_params, scores, others))
 
     async def sample_async(
         self,
@@ -87,7 +88,7 @@ class SamplingClient(Ready):
         scores = (include_prompt_logprobs, topk_prompt_logprobs, topk_sample_logprobs, prompt_logprobs_last_n)
         others = (target_prompt_logprobs, prompt_alt_tokens_k)
         build = partial(self._request, prompt, num_samples, sampling_params, scores, others)
-        future: Future[SampleResponse] = await self._host.submit_async(build)
+        future: Future[SampleResponse] = await self._door.submit_async(build)
         try:
             return await future
         finally:
@@ -143,3 +144,9 @@ class SamplingClient(Ready):
         params = as_sampling_params(sampling_params)
         payload = Sample(self._key, tokens, num_samples, params, *scores, targets, others[1])
         return Request("sample", self._lane, payload, tokens=len(tokens))
+
+
+def open_sampler(host: Host, path: str | None, base_model: str | None) -> SamplingClient:
+    """Return a sampling client of a checkpoint or of a bare base model."""
+    key = host.next_id("sample")
+    return SamplingClient(host, key, key, host.submit(partial(build.open_sampler, key, path, base_model)), base_model)

@@ -14,8 +14,9 @@ from tickwork import build
 from tickwork.catalogue import Catalogue
 from tickwork.clients.host import Host, make_engine
 from tickwork.clients.rest import RestClient
-from tickwork.clients.sampling import SamplingClient
-from tickwork.clients.training import TrainingClient, open_sampler
+from tickwork.clients.resuming import Durability, Resuming, check_journal, open_keeper
+from tickwork.clients.sampling import SamplingClient, open_sampler
+from tickwork.clients.training import TrainingClient
 from tickwork.convert import as_metadata
 from tickwork.engine.request import Request
 from tickwork.engine.statistics import EngineStatistics
@@ -31,7 +32,7 @@ Path = str | os.PathLike[str]
 Metadata = Mapping[str, str] | None
 
 
-class ServiceClient:
+class ServiceClient(Resuming):
     """One engine, in a thread of its own that starts with the first client.
 
     Args:
@@ -50,6 +51,9 @@ class ServiceClient:
             several times as many tokens fit into a pass, which takes a third to a half longer.
         adapter_memory: bytes that adapters, their gradients and moments may take of the device; those unused for
             longest wait in host memory. None means a quarter of the device on CUDA, and no bound on CPU.
+        journal: what training clients have accepted outlives the end of the process (``"process"``) or of the machine
+            (``"power"``), and is there for ``resume_training_client``; needs a store, which no other process may have
+            open with a journal. None keeps nothing but checkpoints.
 
     Room: any thread, asyncio loop or Trio run. Leaving ``with`` or ``async with`` normally drains what was
     accepted and joins; leaving by an exception lets the current job end, fails the rest and joins.
@@ -68,7 +72,9 @@ class ServiceClient:
         invariant: bool = False,
         checkpoint_activations: bool = False,
         adapter_memory: int | None = None,
+        journal: Durability | None = None,
     ) -> None:
+        check_journal(store, journal)
         catalogue = Catalogue(store)
         engine = make_engine(
             catalogue,
@@ -81,7 +87,7 @@ class ServiceClient:
             checkpoint_activations=checkpoint_activations,
             adapter_memory=adapter_memory,
         )
-        self.host = Host(engine, catalogue, user_metadata)
+        super().__init__(Host(engine, catalogue, user_metadata, open_keeper(store, journal, engine, catalogue)))
 
     def create_lora_training_client(
         self,
@@ -240,7 +246,8 @@ class ServiceClient:
                 CreateModel(model_id, base_model, lora, path, with_optimizer, metadata), optimizer
             )
 
-        return TrainingClient(self.host, model_id, self.host.submit(ask))
+        door = self.host.door(model_id)
+        return TrainingClient(self.host, model_id, door, door.submit(ask))
 
 
 def _no_token(weights_access_token: None) -> None:

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import attrs
 
 from tickwork import build
-from tickwork.clients.host import Host
-from tickwork.clients.ready import Ready
-from tickwork.clients.sampling import SamplingClient
+from tickwork.clients.host import Door, Host
+from tickwork.clients.recorded import Recorded
+from tickwork.clients.sampling import SamplingClient, open_sampler
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError
 from tickwork.futures import Future
+from tickwork.kept.results import Past
 from tickwork.models import load_tokenizer
 from tickwork.requests import CheckpointKind, CustomLoss, OpenSampler, Save
 from tickwork.results import (
@@ -33,21 +34,31 @@ from tickwork.types import AdamParams, Datum
 Metadata = Mapping[str, str] | None
 
 
-class TrainingClient(Ready):
+class TrainingClient(Recorded):
     """Trains one LoRA adapter of one base model.
 
     Calls are ordered as they are made, also across threads, and run in that order, each exactly once. A call
     returns a future at once; its ``_async`` twin waits until the request is accepted and then returns the
     future, so that ``await (await client.optim_step_async(params))`` is the result.
 
+    Where the service has a journal, a call that changes the model or the store waits until it is written, unless that
+    would stop an event loop; there its ``_async`` twin does.
+
     Room: any thread, asyncio loop or Trio run.
     Cancel: before acceptance a request never existed; afterwards it runs, whoever waits for it.
     """
 
-    def __init__(self, host: Host, model_id: str, ready: Future[GetInfoResponse]) -> None:
-        super().__init__(host, ready)
-        self.model_id = model_id
-        weakref.finalize(self, host.forget, model_id, model_id).atexit = False
+    def __init__(
+        self,
+        host: Host,
+        model_id: str,
+        door: Door,
+        ready: Future[GetInfoResponse],
+        past: Past | None = None,
+    ) -> None:
+        super().__init__(door, ready, past)
+        self._host, self.model_id = host, model_id
+        weakref.finalize(self, door.forget, model_id, model_id).atexit = False
 
     def __repr__(self) -> str:
         return f"<TrainingClient {self.model_id}>"
@@ -56,13 +67,13 @@ class TrainingClient(Ready):
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
     ) -> Future[ForwardBackwardOutput]:
         """Compute logprobs and loss without a gradient; arguments as for ``forward_backward``."""
-        return self._host.submit(partial(self._pass, data, loss_fn, loss_fn_config, False))
+        return self._door.submit(partial(self._pass, data, loss_fn, loss_fn_config, False))
 
     async def forward_async(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
     ) -> Future[ForwardBackwardOutput]:
         """``forward``, once accepted."""
-        return await self._host.submit_async(partial(self._pass, data, loss_fn, loss_fn_config, False))
+        return await self._door.submit_async(partial(self._pass, data, loss_fn, loss_fn_config, False))
 
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
@@ -74,13 +85,13 @@ class TrainingClient(Ready):
             loss_fn: ``cross_entropy``, ``importance_sampling``, ``ppo``, ``cispo`` or ``dro``.
             loss_fn_config: settings of the loss, by name.
         """
-        return self._host.submit(partial(self._pass, data, loss_fn, loss_fn_config, True))
+        return self._door.submit(partial(self._pass, data, loss_fn, loss_fn_config, True))
 
     async def forward_backward_async(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
     ) -> Future[ForwardBackwardOutput]:
         """``forward_backward``, once accepted."""
-        return await self._host.submit_async(partial(self._pass, data, loss_fn, loss_fn_config, True))
+        return await self._door.submit_async(partial(self._pass, data, loss_fn, loss_fn_config, True))
 
     def forward_backward_custom(self, data: Sequence[Datum], loss_fn: CustomLoss) -> Future[ForwardBackwardOutput]:
         """Compute a loss of your own, in one forward and one backward.
@@ -90,25 +101,25 @@ class TrainingClient(Ready):
             loss_fn: ``(data, logprobs of each datum) -> (scalar tensor, metrics)``, called on the device
                 thread with float32 tensors of the targets' shapes; it must not wait for futures.
         """
-        return self._host.submit(partial(self._pass, data, loss_fn, None, True))
+        return self._door.submit(partial(self._pass, data, loss_fn, None, True))
 
     async def forward_backward_custom_async(
         self, data: Sequence[Datum], loss_fn: CustomLoss
     ) -> Future[ForwardBackwardOutput]:
         """``forward_backward_custom``, once accepted."""
-        return await self._host.submit_async(partial(self._pass, data, loss_fn, None, True))
+        return await self._door.submit_async(partial(self._pass, data, loss_fn, None, True))
 
     def optim_step(
         self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
     ) -> Future[OptimStepResponse]:
         """Apply AdamW to the accumulated gradient and clear it; exactly one of the two arguments is given."""
-        return self._host.submit(partial(self._optim, _one(optim_params, adam_params)))
+        return self._door.submit(partial(self._optim, _one(optim_params, adam_params)))
 
     async def optim_step_async(
         self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
     ) -> Future[OptimStepResponse]:
         """``optim_step``, once accepted."""
-        return await self._host.submit_async(partial(self._optim, _one(optim_params, adam_params)))
+        return await self._door.submit_async(partial(self._optim, _one(optim_params, adam_params)))
 
     def save_state(
         self, name: str, ttl_seconds: int | None = None, overwrite: bool = False, user_metadata: Metadata = None
@@ -121,28 +132,28 @@ class TrainingClient(Ready):
             overwrite: replace a checkpoint of that name; refused otherwise.
             user_metadata: kept with the checkpoint.
         """
-        return self._host.submit(partial(self._save, "weights", name, ttl_seconds, overwrite, user_metadata))
+        return self._door.submit(partial(self._save, "weights", name, ttl_seconds, overwrite, user_metadata))
 
     async def save_state_async(
         self, name: str, ttl_seconds: int | None = None, overwrite: bool = False, user_metadata: Metadata = None
     ) -> Future[SaveWeightsResponse]:
         """``save_state``, once accepted."""
         build = partial(self._save, "weights", name, ttl_seconds, overwrite, user_metadata)
-        return await self._host.submit_async(build)
+        return await self._door.submit_async(build)
 
     def save_weights_for_sampler(
         self, name: str, ttl_seconds: int | None = None, user_metadata: Metadata = None
     ) -> Future[SaveWeightsForSamplerResponse]:
         """Save weights alone, for ``create_sampling_client``; arguments as for ``save_state``."""
         build = partial(self._save, "sampler_weights", name, ttl_seconds, False, user_metadata)
-        return self._host.submit(build).then(lambda saved: SaveWeightsForSamplerResponse(saved.path))
+        return self._door.submit(build).then(lambda saved: SaveWeightsForSamplerResponse(saved.path))
 
     async def save_weights_for_sampler_async(
         self, name: str, ttl_seconds: int | None = None, user_metadata: Metadata = None
     ) -> Future[SaveWeightsForSamplerResponse]:
         """``save_weights_for_sampler``, once accepted."""
         build = partial(self._save, "sampler_weights", name, ttl_seconds, False, user_metadata)
-        return (await self._host.submit_async(build)).then(lambda saved: SaveWeightsForSamplerResponse(saved.path))
+        return (await self._door.submit_async(build)).then(lambda saved: SaveWeightsForSamplerResponse(saved.path))
 
     def save_weights_external(
         self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: Sequence[str] | None = None
@@ -154,31 +165,31 @@ class TrainingClient(Ready):
             ttl_seconds: time to live; None lives until deleted.
             age_encryption_recipients: age or SSH public keys that the files are encrypted for; needs ``pyrage``.
         """
-        return self._host.submit(partial(self._export, name, ttl_seconds, age_encryption_recipients))
+        return self._door.submit(partial(self._export, name, ttl_seconds, age_encryption_recipients))
 
     async def save_weights_external_async(
         self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: Sequence[str] | None = None
     ) -> Future[SaveWeightsExternalResponse]:
         """``save_weights_external``, once accepted."""
-        return await self._host.submit_async(partial(self._export, name, ttl_seconds, age_encryption_recipients))
+        return await self._door.submit_async(partial(self._export, name, ttl_seconds, age_encryption_recipients))
 
     def load_state(self, path: str, weights_access_token: None = None) -> Future[LoadWeightsResponse]:
         """Load weights; the optimizer starts afresh and the accumulated gradient is dropped."""
-        return self._host.submit(partial(self._load, path, False, weights_access_token))
+        return self._door.submit(partial(self._load, path, False, weights_access_token))
 
     async def load_state_async(self, path: str, weights_access_token: None = None) -> Future[LoadWeightsResponse]:
         """``load_state``, once accepted."""
-        return await self._host.submit_async(partial(self._load, path, False, weights_access_token))
+        return await self._door.submit_async(partial(self._load, path, False, weights_access_token))
 
     def load_state_with_optimizer(self, path: str, weights_access_token: None = None) -> Future[LoadWeightsResponse]:
         """Load weights and optimizer state: the next step is the one the saved model would have made."""
-        return self._host.submit(partial(self._load, path, True, weights_access_token))
+        return self._door.submit(partial(self._load, path, True, weights_access_token))
 
     async def load_state_with_optimizer_async(
         self, path: str, weights_access_token: None = None
     ) -> Future[LoadWeightsResponse]:
         """``load_state_with_optimizer``, once accepted."""
-        return await self._host.submit_async(partial(self._load, path, True, weights_access_token))
+        return await self._door.submit_async(partial(self._load, path, True, weights_access_token))
 
     def save_weights_and_get_sampling_client(
         self, name: str | None = None, *, kind: Literal["snapshot", "inflight"] = "snapshot"
@@ -191,16 +202,16 @@ class TrainingClient(Ready):
                 also while a sample is being drawn.
         """
         key = self._host.next_id("sample")
-        ready = self._host.submit(partial(self._snapshot, key, name, kind))
-        return SamplingClient(self._host, key, self.model_id, ready, None)
+        ready = self._door.submit(partial(self._snapshot, key, name, kind))
+        return SamplingClient(self._door, key, self.model_id, ready, None)
 
     async def save_weights_and_get_sampling_client_async(
         self, name: str | None = None, *, kind: Literal["snapshot", "inflight"] = "snapshot"
     ) -> SamplingClient:
         """``save_weights_and_get_sampling_client``, once the weights are there."""
         key = self._host.next_id("sample")
-        ready = await self._host.submit_async(partial(self._snapshot, key, name, kind))
-        return await SamplingClient(self._host, key, self.model_id, ready, None)
+        ready = await self._door.submit_async(partial(self._snapshot, key, name, kind))
+        return await SamplingClient(self._door, key, self.model_id, ready, None)
 
     def create_sampling_client(self, model_path: str) -> SamplingClient:
         """Return a sampling client of a saved checkpoint."""
@@ -269,12 +280,6 @@ class TrainingClient(Ready):
         if kind not in ("snapshot", "inflight"):
             raise InvalidRequestError(f"{kind!r} is neither 'snapshot' nor 'inflight'", field="kind")
         return Request("step", self.model_id, OpenSampler(key, model_id=self.model_id, inflight=kind == "inflight"))
-
-
-def open_sampler(host: Host, path: str | None, base_model: str | None) -> SamplingClient:
-    """Return a sampling client of a checkpoint or of a bare base model."""
-    key = host.next_id("sample")
-    return SamplingClient(host, key, key, host.submit(partial(build.open_sampler, key, path, base_model)), base_model)
 
 
 def _one(optim_params: AdamParams | None, adam_params: AdamParams | None) -> AdamParams:

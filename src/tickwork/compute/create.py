@@ -51,5 +51,6 @@ def create(ask: CreateModel, base_of: Callable[[str], BaseModel], store: Store, 
         saved.restore(state, with_optimizer=ask.with_optimizer)
     run = Run(ask.model_id, name, lora, dict(ask.user_metadata or {}))
     run = attrs.evolve(run, owner=ask.owner, session_id=ask.session_id, project_id=ask.project_id)
+    store.tell()
     store.catalogue.begin_run(run)
     return TrainingModel(base, state)

@@ -46,6 +46,8 @@ class Progress:
 
     def __attrs_post_init__(self) -> None:
         self.logprobs = [np.empty(0, np.float32)] * len(self.payload.data)
+        if (known := self.payload.gradients) is not None:
+            self.gradients = [torch.from_numpy(values).to(self.base.device) for values in known]
 
     @property
     def payload(self) -> ForwardBackward:
@@ -66,8 +68,14 @@ class Progress:
         metrics = {"loss:sum": self.loss, "clock_cycle:unique": float(cycle), **self.metrics}
         return ForwardBackwardOutput("ArrayRecord", outputs, metrics)
 
+    def recorded(self) -> tuple[np.ndarray, ...] | None:
+        """Return what a custom loss gave, where that is wanted."""
+        if not self.request.recorded or self.gradients is None:
+            return None
+        return tuple(gradient.cpu().numpy() for gradient in self.gradients)
+
     def call_loss(self) -> list[torch.Tensor]:
-        """Call the custom loss on all logprobs; return its gradient, kept for the next passes."""
+        """Call the custom loss on all logprobs, unless its gradient is known; return that, kept for the next passes."""
         if self.gradients is None:
             assert callable(self.payload.loss_fn)
             leaves = [torch.from_numpy(values).to(self.base.device) for values in self.logprobs]

@@ -247,7 +247,8 @@ class Device:
 
     def _capture(self, ask: requests.Capture) -> requests.Captured:
         model = self._model(ask.model_id)
-        return capture(model, {key: found for key, found in self._weights.items() if found.model_id == ask.model_id})
+        taken = [(key, weights) for key, weights in self._weights.items() if weights.model_id == ask.model_id]
+        return capture(model, dict(taken) if ask.samplers else {})
 
     def _restore(self, ask: requests.Restore) -> GetInfoResponse:
         model, samplers = restore(ask.model_id, ask.state, self._bases.get, self._device)
@@ -290,4 +291,4 @@ def _finish(progress: Progress, cycle: int) -> Outcome:
     if progress.error is not None:
         return Outcome(progress.request, error=progress.error)
     progress.model.requests += progress.payload.backward
-    return Outcome(progress.request, value=progress.output(cycle))
+    return Outcome(progress.request, value=progress.output(cycle), gradients=progress.recorded())

@@ -234,6 +234,7 @@ class Engine:
         self._returns.settled(outcome.request, self._now())
         if outcome.request.ends_lane:
             self._planner.forget(outcome.request.lane)
+        outcome.request.gradients = outcome.gradients
         if outcome.error is not None:
             outcome.request.future.set_error(outcome.error)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -11,8 +12,11 @@ import trio
 
 from tickwork.engine.queue import Queue
 from tickwork.engine.request import Request
-from tickwork.errors import ClosedError, EngineStoppedError, QueueFullError, fresh
+from tickwork.errors import ClosedError, EngineStoppedError, QueueFullError, TickworkError, fresh
 from tickwork.futures import Future, Inner, in_event_loop, must_run, wait
+
+# What is done with a request when its turn comes; raises where the engine takes it no more.
+Enter = Callable[[Request], None]
 
 
 @attrs.frozen
@@ -87,8 +91,8 @@ class Credits:
     def _let_in(self, waiter: _Waiter) -> None:
         try:
             waiter.enter()
-        except trio.RunFinishedError:
-            waiter.ticket.set_exception(EngineStoppedError("the engine has stopped"))
+        except TickworkError as error:
+            waiter.ticket.set_exception(error)
         else:
             self.inside += waiter.weight
             waiter.ticket.set_result(None)
@@ -105,15 +109,18 @@ class Portal:
         self._token = token
         self._queue = queue
 
-    def submit(self, request: Request) -> Future[object]:
+    def submit(self, request: Request, enter: Enter | None = None) -> Future[object]:
         """Post a request, in the order of the calls; blocks a plain thread while there is no credit.
+
+        Args:
+            enter: called in place of ``post`` when its turn comes, in the order of the turns; must be quick.
 
         Raises:
             QueueFullError: no credit, inside an event loop or on the engine's thread.
             ClosedError: the service is closed.
             EngineStoppedError: the engine has died.
         """
-        ticket = self._queue_up(request)
+        ticket = self._queue_up(request, enter or self.post)
         if not ticket.done() and (in_event_loop() or must_run()) and self.credits.give_up(ticket):
             raise QueueFullError("the queue is full: await the _async variant, which waits for its turn")
         try:
@@ -123,12 +130,12 @@ class Portal:
             raise
         return request.future
 
-    async def submit_async(self, request: Request) -> Future[object]:
-        """Post a request, waiting for credit under Trio or asyncio; errors as for ``submit``.
+    async def submit_async(self, request: Request, enter: Enter | None = None) -> Future[object]:
+        """Post a request, waiting for credit under Trio or asyncio; arguments and errors as for ``submit``.
 
         Cancel: while waiting for credit, the request never existed; afterwards it is accepted and runs.
         """
-        ticket = self._queue_up(request)
+        ticket = self._queue_up(request, enter or self.post)
         try:
             await wait(ticket)
             ticket.result()
@@ -137,24 +144,37 @@ class Portal:
             raise
         return request.future
 
-    def drop(self, request: Request) -> None:
-        """Post a clean-up past the credits; does nothing once the engine is gone. Safe in a finaliser."""
+    def post(self, request: Request) -> None:
+        """Post a request past the credits.
+
+        Raises:
+            EngineStoppedError: the engine is gone.
+        """
         try:
             self._token.run_sync_soon(self._queue.post, request)
         except trio.RunFinishedError:
-            pass
+            raise EngineStoppedError("the engine has stopped") from None
+
+    def drop(self, request: Request) -> None:
+        """Post a clean-up past the credits; does nothing once the engine is gone. Safe in a finaliser."""
+        with contextlib.suppress(EngineStoppedError):
+            self.post(request)
+
+    def refuse(self) -> None:
+        """Take no new requests."""
+        self.credits.shut(ClosedError("the service is closed"))
 
     def close(self) -> None:
         """Take no new requests; the engine drains those accepted and ends."""
-        self.credits.shut(ClosedError("the service is closed"))
+        self.refuse()
         try:
             self._token.run_sync_soon(self._queue.close)
         except trio.RunFinishedError:
             pass
 
-    def _queue_up(self, request: Request) -> Inner[None]:
-        def enter() -> None:
-            self._token.run_sync_soon(self._queue.post, request)
+    def _queue_up(self, request: Request, enter: Enter) -> Inner[None]:
+        def let_in() -> None:
+            enter(request)
             request.future.add_done_callback(lambda _: self.credits.leave(request.weight))
 
-        return self.credits.queue_up(request.weight, enter)
+        return self.credits.queue_up(request.weight, let_in)

@@ -30,6 +30,8 @@ class Request:
         ends_lane: nothing is asked of the lane after it, so that no record of it need be kept.
         number: its place in its lane, if it is one that a snapshot of the lane must know to include.
         urgent: comes before what its lane holds, except what has begun.
+        recorded: whether what a custom loss gave is wanted besides the result.
+        gradients: d loss / d logprobs of each datum, float32, of a custom loss whose request is recorded and done.
     """
 
     kind: Kind
@@ -41,6 +43,8 @@ class Request:
     ends_lane: bool = False
     number: int | None = None
     urgent: bool = False
+    recorded: bool = False
+    gradients: Any = None
     cancelled: bool = False
     received: float = 0.0
     future: Future[Any] = attrs.field(init=False)
@@ -61,8 +65,9 @@ class Request:
 
 @attrs.frozen
 class Outcome:
-    """What became of one request: a value, or the error that its future gets."""
+    """What became of one request: a value, or the error that its future gets; see ``Request`` for its gradients."""
 
     request: Request
     value: Any = None
     error: RequestFailedError | None = None
+    gradients: Any = None

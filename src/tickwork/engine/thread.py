@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 import trio
@@ -43,11 +44,14 @@ class _Ready:
 class EngineThread:
     """One engine in one daemon thread.
 
+    Args:
+        drain: waits until all that was accepted is done, where some of it is not with the engine yet.
+
     Room: any thread may start and end it; ending it joins the thread.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, drain: Callable[[Portal], object] = lambda _: None) -> None:
+        self._engine, self._drain = engine, drain
         self._ready = _Ready()
         self._scope = trio.CancelScope()
         self._token: trio.lowlevel.TrioToken | None = None
@@ -70,8 +74,10 @@ class EngineThread:
         Raises:
             Exception: what the engine died of, if it did.
         """
-        self._ready.portal.result().close()
+        portal = self._ready.portal.result()
         try:
+            self._drain(portal)
+            portal.close()
             self._join()
         except BaseException:
             self.abort()  # Ctrl-C while draining

@@ -9,7 +9,7 @@ import attrs
 
 from tickwork.errors import JournalError
 from tickwork.journal.records import LaneRecord, SnapshotRecord
-from tickwork.requests import CreateModel, ForwardBackward, OpenSampler, OptimStep
+from tickwork.requests import OpenSampler, changes_model
 
 
 @attrs.frozen(eq=False)
@@ -115,7 +115,7 @@ def changes(payload: Any, samplers: Collection[str]) -> bool:
     if isinstance(payload, OpenSampler):
         # One that follows the model has led all others that do to where the model was.
         return payload.key in samplers or (payload.inflight and bool(samplers))
-    return isinstance(payload, CreateModel | OptimStep) or (isinstance(payload, ForwardBackward) and payload.backward)
+    return changes_model(payload)
 
 
 def _run(

@@ -17,6 +17,9 @@ import attrs
 from tickwork.requests import LossGraph
 from tickwork.types import LoraConfig
 
+# Whose are runs, requests and results of a service in process, which no server takes over. No key's owner has a space.
+IN_PROCESS = "in process"
+
 
 @attrs.frozen
 class SessionRecord:
@@ -179,18 +182,25 @@ class ForgetRecord:
 
     Args:
         table: ``sessions``, ``lanes``, ``samplers`` or ``losses``.
+        unsettled: whether a lane may go though requests of it have no result.
     """
 
     table: str
     key: str
+    unsettled: bool = False
 
 
 @attrs.frozen
 class TrimRecord:
-    """Requests that a snapshot covers may go, and results settled or fetched before the times given."""
+    """Requests that a snapshot covers may go, and results settled or fetched before the times given.
+
+    Args:
+        lane: of this lane alone; None means of all but those of services in process.
+    """
 
     settled_before: float
     fetched_before: float
+    lane: str | None = None
 
 
 Named = SessionRecord | LaneRecord | SamplerRecord | LossRecord

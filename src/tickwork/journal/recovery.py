@@ -14,7 +14,14 @@ from tickwork.errors import JournalError
 from tickwork.journal.codec import decode
 from tickwork.journal.lane import Entry, PastLane, PastRequest, PastResult, follow
 from tickwork.journal.losses import PastLoss
-from tickwork.journal.records import LaneRecord, LossRecord, SamplerRecord, SessionRecord, SnapshotRecord
+from tickwork.journal.records import (
+    IN_PROCESS,
+    LaneRecord,
+    LossRecord,
+    SamplerRecord,
+    SessionRecord,
+    SnapshotRecord,
+)
 from tickwork.journal.seals import check
 from tickwork.journal.snapshots import Snapshots
 from tickwork.requests import ForwardBackward
@@ -41,6 +48,19 @@ class Recovered:
     loose: tuple[PastRequest, ...]
     results: tuple[PastResult, ...]
     damage: tuple[JournalError, ...]
+
+    def of(self, *, in_process: bool) -> Recovered:
+        """Return what belongs to services in process, or what belongs to servers; each leaves the other's alone."""
+
+        def mine(owner: str) -> bool:
+            return (owner == IN_PROCESS) == in_process
+
+        return attrs.evolve(
+            self,
+            lanes=tuple(lane for lane in self.lanes if mine(lane.about.owner)),
+            loose=tuple(request for request in self.loose if mine(request.owner)),
+            results=tuple(result for result in self.results if mine(result.owner)),
+        )
 
 
 def recover(db: Connection, snapshots: Snapshots, boots: int) -> Recovered:

@@ -163,7 +163,7 @@ def _forget(db: Connection, row: ForgetRecord) -> list[str]:
     if row.table != "lanes":
         return []
     waiting = _unsettled(db, row.key, 2**62)
-    if waiting is not None:
+    if waiting is not None and not row.unsettled:
         message = f"lane {row.key!r} can not be forgotten before its request {waiting} is settled"
         raise JournalError(message, lane=row.key, number=waiting)
     files = db.execute("SELECT file FROM snapshots WHERE lane = ?", (row.key,)).fetchall()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlite3 import Connection
 
 from tickwork.journal.codec import is_error
-from tickwork.journal.records import TrimRecord
+from tickwork.journal.records import IN_PROCESS, TrimRecord
 from tickwork.journal.seals import seal
 
 # Pages given back to the file system at a time.
@@ -16,6 +16,8 @@ _OF_REQUEST = "results.lane = requests.lane AND results.number = requests.number
 # A lane without order is never replayed.
 _LOOSE = "lane NOT IN (SELECT key FROM lanes)"
 _EXPIRED = "(settled < :settled OR fetched < :fetched)"
+# Whose rows: those of one lane, or of everybody but the services in process.
+_MEANT = "(lane = :lane OR (:lane IS NULL AND owner <> :process))"
 
 
 def trim(db: Connection, record: TrimRecord) -> None:
@@ -23,21 +25,25 @@ def trim(db: Connection, record: TrimRecord) -> None:
 
     The results of requests that may be replayed lose their body only; errors keep it, since they are not replayed.
     """
-    times = {"settled": record.settled_before, "fetched": record.fetched_before}
-    for table in ("requests", "gradients"):
-        db.execute(f"DELETE FROM {table} WHERE {_COVERED.format(table)}")
+    terms = {
+        "settled": record.settled_before,
+        "fetched": record.fetched_before,
+        "lane": record.lane,
+        "process": IN_PROCESS,
+    }
+    db.execute(f"DELETE FROM requests WHERE {_MEANT} AND {_COVERED.format('requests')}", terms)
+    db.execute(f"DELETE FROM gradients WHERE {_COVERED.format('gradients')}")
     answered = f"EXISTS (SELECT 1 FROM results WHERE {_OF_REQUEST} AND {_EXPIRED})"
-    db.execute(f"DELETE FROM requests WHERE {_LOOSE} AND {answered}", times)
-    db.execute(
-        f"DELETE FROM results WHERE {_EXPIRED} AND NOT EXISTS (SELECT 1 FROM requests WHERE {_OF_REQUEST})", times
-    )
-    _drop_bodies(db, times)
+    db.execute(f"DELETE FROM requests WHERE {_MEANT} AND {_LOOSE} AND {answered}", terms)
+    unasked = f"NOT EXISTS (SELECT 1 FROM requests WHERE {_OF_REQUEST})"
+    db.execute(f"DELETE FROM results WHERE {_MEANT} AND {_EXPIRED} AND {unasked}", terms)
+    _drop_bodies(db, terms)
     db.execute(f"PRAGMA incremental_vacuum({PAGES})").fetchall()
 
 
-def _drop_bodies(db: Connection, times: dict[str, float]) -> None:
+def _drop_bodies(db: Connection, terms: dict[str, float | str | None]) -> None:
     columns = "lane, number, owner, kind, settled"
-    query = f"SELECT body, {columns} FROM results WHERE {_EXPIRED} AND body IS NOT NULL"
-    found = [cells for body, *cells in db.execute(query, times) if not is_error(body)]
+    query = f"SELECT body, {columns} FROM results WHERE {_MEANT} AND {_EXPIRED} AND body IS NOT NULL"
+    found = [cells for body, *cells in db.execute(query, terms) if not is_error(body)]
     update = "UPDATE results SET body = NULL, seal = ? WHERE lane = ? AND number = ?"
     db.executemany(update, [(seal("results", *cells, None), cells[0], cells[1]) for cells in found])

@@ -10,14 +10,13 @@ import trio
 
 from tickwork import build
 from tickwork.engine.request import Request
-from tickwork.errors import JournalError, RequestFailedError, TickworkError
+from tickwork.errors import JournalError, RequestFailedError, TickworkError, lasting
 from tickwork.journal.journal import Journal
 from tickwork.journal.lane import PastLane, PastRequest, changes
 from tickwork.journal.losses import GraphLoss
 from tickwork.journal.records import BackRecord
-from tickwork.requests import Captured, ForwardBackward, OpenSampler, Restore
-from tickwork.server.durable import lasting
-from tickwork.server.lanes import Ask, Held, reads_checkpoint
+from tickwork.requests import Captured, ForwardBackward, OpenSampler, Restore, reads_checkpoint
+from tickwork.server.lanes import Ask, Held
 from tickwork.server.server import Server
 from tickwork.server.session import Model, Session
 
@@ -163,9 +162,7 @@ def request_of(past: PastRequest, session: Session) -> Ask:
     payload = past.payload
     if isinstance(payload, TickworkError):
         return payload
-    if not isinstance(payload, ForwardBackward):
-        return Request("step", past.lane, payload)
-    if isinstance(payload.loss_fn, GraphLoss) and (loss := session.losses.get(payload.loss_fn.loss_id)) is not None:
+    graph = payload.loss_fn if isinstance(payload, ForwardBackward) else None
+    if isinstance(graph, GraphLoss) and (loss := session.losses.get(graph.loss_id)) is not None:
         payload = attrs.evolve(payload, loss_fn=loss)
-    rows = tuple(datum.model_input.length for datum in payload.data)
-    return Request("pass", past.lane, payload, rows, whole=callable(payload.loss_fn), tokens=sum(rows))
+    return build.again(past.lane, payload)

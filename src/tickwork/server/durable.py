@@ -10,7 +10,7 @@ from typing import Any
 
 import trio
 
-from tickwork.errors import EngineStoppedError, JournalError, QueueFullError, RequestFailedError, TickworkError
+from tickwork.errors import JournalError, QueueFullError, TickworkError, lasting
 from tickwork.futures import Inner, wait
 from tickwork.journal.codec import encode
 from tickwork.journal.journal import Journal
@@ -193,8 +193,3 @@ class Durable:
             what = "nothing is kept from here on, as was asked for" if self._optional else "nothing more is accepted"
             log.critical("%s; %s", error, what)
         return self._optional
-
-
-def lasting(error: BaseException | None) -> bool:
-    """Whether a request ended, well or not; otherwise it was the server that ended, and it will be run again."""
-    return error is None or (isinstance(error, RequestFailedError) and not isinstance(error, EngineStoppedError))

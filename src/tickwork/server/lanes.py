@@ -12,7 +12,7 @@ import trio
 from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError, RequestFailedError, TickworkError
 from tickwork.journal.records import Record, SkippedRecord
-from tickwork.requests import CreateModel, Load
+from tickwork.requests import reads_checkpoint
 from tickwork.server.answers import HttpError
 from tickwork.server.door import Door
 from tickwork.server.durable import Durable
@@ -262,8 +262,3 @@ class Lane:
 def request_id(key: str, number: int) -> str:
     """Name a request of a training model or a sampler."""
     return f"{key}:r{number}"
-
-
-def reads_checkpoint(payload: Any) -> bool:
-    """Whether a request can not be done again once a checkpoint is gone."""
-    return isinstance(payload, Load) or (isinstance(payload, CreateModel) and payload.path is not None)

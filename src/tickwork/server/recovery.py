@@ -32,7 +32,7 @@ async def recover(server: Server, journal: Journal) -> None:
 
     Room: the Trio run of the server, before it listens.
     """
-    past = journal.recovered
+    past = journal.recovered.of(in_process=False)
     for damage in past.damage:
         log.error("%s", damage)
     await _Recovery(server, journal, past).run()

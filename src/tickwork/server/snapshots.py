@@ -13,27 +13,22 @@ import trio
 
 from tickwork.engine.engine import Engine
 from tickwork.engine.request import Request
-from tickwork.errors import JournalError, QueueFullError, TickworkError
+from tickwork.errors import JournalError, QueueFullError, TickworkError, lasting
+from tickwork.journal.cost import LastSnapshot
 from tickwork.journal.records import Record
 from tickwork.journal.snapshots import Snapshot
 from tickwork.requests import Capture, Captured
-from tickwork.server.durable import Durable, lasting
+from tickwork.server.durable import Durable
 from tickwork.server.lanes import Lane
 from tickwork.server.promises import Promise
 
 log = logging.getLogger("tickwork.server")
 
-# What a snapshot costs, against the work that it saves from being done again.
-COST = 20
-
 
 @attrs.define(eq=False)
-class _Past:
-    """What is known of a lane's last snapshot: device seconds of the lane before it, seconds that writing it took."""
+class _Past(LastSnapshot):
+    """What is known of a lane's last snapshot, and whether one is being taken."""
 
-    device: float = 0.0
-    cost: float = 0.0
-    number: int = -1
     busy: trio.Lock = attrs.Factory(trio.Lock)
 
 
@@ -53,8 +48,8 @@ class Snapshots:
     def settled(self, lane: Lane) -> None:
         """Consider a snapshot, now that something of a lane is done."""
         past = self._of(lane)
-        worked = self._engine.device_seconds(lane.model_id) - past.device
-        if self._durable.on and not past.busy.locked() and worked >= max(self._least, COST * past.cost):
+        due = past.due(self._engine.device_seconds(lane.model_id), self._least)
+        if self._durable.on and not past.busy.locked() and due:
             self._durable.start(self.take, lane)
 
     def covers(self, lane: Lane, promise: Promise, value: Any, error: BaseException | None) -> None:
@@ -108,7 +103,7 @@ class Snapshots:
         assert journal is not None
         written = await trio.to_thread.run_sync(journal.write_snapshot, lane.model_id, captured.number, state, before)
         await self._durable.written(written)
-        past.cost = time.perf_counter() - begun
+        past.seconds = time.perf_counter() - begun
 
     async def _cover(self, lane: Lane, promise: Promise, value: Any, error: BaseException | None) -> None:
         if error is not None or not self._durable.on:

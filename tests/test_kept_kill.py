@@ -1,0 +1,122 @@
+"""Training scripts in process that are killed and run again end as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# The points of the journal at which a crash would matter.
+POINTS = (
+    *("write", "commit", "remove", "settle"),
+    *("snapshot-write", "snapshot-sync", "snapshot-rename", "snapshot-folder"),
+)
+RANDOM = 6
+
+
+class Nurse:
+    """Runs scripts one after the other, from a process that has all they need."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log.open("ab")
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("script_nurse.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            bufsize=1,
+        )
+        assert self._line() == "ready"
+
+    def run(self, kill: tuple[int, float] | None = None, **about: Any) -> tuple[dict[int, str], Any, str]:
+        """Run a script to its end, however that comes.
+
+        Args:
+            kill: after so many lines, and so many seconds besides.
+
+        Returns:
+            what it was told, what was saved in the end, and how it ended.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(about) + "\n")
+        pid, told, saved = int(self._line().removeprefix("pid ")), {}, None
+        while not (line := self._line()).startswith("ended"):
+            assert not line.startswith("error"), line
+            if line.startswith("saved"):
+                saved = json.loads(line.removeprefix("saved "))
+                continue
+            place, digest = line.split()
+            told[int(place)] = digest
+            if kill is not None and len(told) > kill[0]:
+                time.sleep(kill[1])
+                with contextlib.suppress(ProcessLookupError):  # it was quicker
+                    os.kill(pid, signal.SIGKILL)
+                kill = None
+        return told, saved, line.removeprefix("ended ")
+
+    def close(self) -> None:
+        """End."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+        self._process.stdout.close()
+        self._log.close()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the nurse has died"
+        return line.strip()
+
+
+@pytest.fixture(scope="module")
+def nurse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nurse]:
+    found = Nurse(tmp_path_factory.mktemp("scripts") / "log")
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def calm(nurse: Nurse, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, str], Any]:
+    """What a script is told and saves that nobody kills."""
+    told, saved, ended = nurse.run(store=str(tmp_path_factory.mktemp("calm")), script="sync")
+    assert ended == "0"
+    assert len(told) == 29
+    assert sorted(saved) == ["weights/final", "weights/turn-1", "weights/turn-5", "weights/turn-9"]
+    return told, saved
+
+
+@pytest.mark.parametrize("script", ["sync", "trio"])
+def test_a_script_that_is_killed_and_run_again_ends_as_one_that_was_left_alone(
+    tmp_path: Path, nurse: Nurse, calm: Any, script: str
+) -> None:
+    """Killed at random instants and at each point of the journal, all it is told and saves is bit by bit the same."""
+    dice = random.Random(script)
+    ends: list[dict[str, Any]] = [{"kill": (dice.randrange(6), 0.03 * dice.random())} for _ in range(RANDOM)]
+    ends += [{"at": point, "after": dice.randrange(3)} for point in POINTS]
+    dice.shuffle(ends)
+    killed = 0
+    for about in ends:
+        told, saved, ended = nurse.run(store=str(tmp_path), script=script, **about)
+        assert told.items() <= calm[0].items()
+        if saved is not None:
+            break
+        assert ended == str(-signal.SIGKILL)
+        killed += 1
+    told, saved, ended = nurse.run(store=str(tmp_path), script=script)
+    assert ended == "0"
+    assert told == calm[0]
+    assert saved == calm[1]
+    assert killed > 6
