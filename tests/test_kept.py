@@ -267,7 +267,7 @@ def test_a_custom_loss_that_was_not_done_fails_by_name_and_what_follows_runs(tmp
                 assert bits(at, client) == wanted
 
 
-def test_what_was_loaded_outlives_its_checkpoint(tmp_path: Path) -> None:
+def test_what_a_service_loaded_outlives_its_checkpoint(tmp_path: Path) -> None:
     """What follows a load may overwrite or delete what was read."""
     with service(tmp_path / "store") as at:
         client = create(at)
@@ -292,6 +292,29 @@ def test_what_was_loaded_outlives_its_checkpoint(tmp_path: Path) -> None:
         clients = [at.resume_training_client(run.run_id) for run in runs]
         assert clients[0].past_results()[10].kind == "load_state"
         assert [bits(at, each) for each in clients] == wanted
+
+
+def test_leaving_waits_for_what_is_not_with_the_engine_yet(tmp_path: Path, gate: Gate) -> None:
+    """What follows a load is held back until that is on the disk; a service in a nursery drains it all the same."""
+
+    async def main() -> None:
+        async with tinker.open_service(store=tmp_path, journal="process") as at:
+            client = await at.create_lora_training_client_async(TINY, rank=4)
+            path = (await client.save_state("first")).path
+            gate.shut()
+            client.load_state(path)
+            futures.extend(client.optim_step(ADAM) for _ in range(3))
+            trio.lowlevel.spawn_system_task(let_go)
+
+    async def let_go() -> None:
+        await trio.to_thread.run_sync(gate.reached.wait, GUARD)
+        gate.open()
+
+    futures: list[Any] = []
+    trio.run(main)
+    assert [future.result(0).metrics["optim/applied"] for future in futures] == [0] * 3
+    with service(tmp_path) as at:
+        assert [each.error for each in at.resume_training_client(only(at)).past_results().values()] == [None] * 5
 
 
 def test_what_a_service_that_is_aborted_had_accepted_is_done_by_the_next(tmp_path: Path) -> None:
