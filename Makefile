@@ -44,6 +44,7 @@ bench: $(VENV)/.installed-test
 	$(VENV)/bin/python -m bench clients --invariant
 	$(VENV)/bin/python -m bench kernels
 	$(VENV)/bin/python -m bench server
+	$(VENV)/bin/python -m bench durability
 	$(VENV)/bin/python -m bench load
 
 test-sdk-matrix: $(VENV)/.installed-test $(SDKS:%=.venv-sdk-%/.installed)

@@ -1,4 +1,7 @@
-"""``python -m bench [train|clients|kernels|server|load]``: measure, print the table, write it to ``bench/results``."""
+"""``python -m bench [train|clients|kernels|server|durability|load]``: measure, and print and keep the table.
+
+Tables lie in ``bench/results``.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,11 @@ if sys.argv[1:2] == ["clients"]:
 
     sys.exit(measure_clients(sys.argv[2:]))
 
+if sys.argv[1:2] == ["durability"]:
+    from bench.durability import main as measure_durability
+
+    sys.exit(measure_durability(sys.argv[2:]))
+
 if sys.argv[1:2] == ["load"]:
     from bench.load import main as measure_load
 
@@ -40,7 +48,9 @@ from bench.workloads import Workload, make_qwen40m, qwen40m, tiny
 def main(arguments: Sequence[str]) -> None:
     """Measure one thing after the other, or training alone: nothing here may share the machine."""
     if arguments not in ([], ["train"]):
-        raise SystemExit(f"{' '.join(arguments)!r} is not known; give train, clients, kernels, server, load or nothing")
+        raise SystemExit(
+            f"{' '.join(arguments)!r} is not known; give train, clients, kernels, server, durability, load or nothing"
+        )
     logging.disable_progress_bar()
     about = record.circumstances()
     console = Console(stderr=True)

@@ -1,7 +1,7 @@
 """The kill test at length: ``make torture``; not collected by a plain ``pytest``.
 
-Runs of at most ``MOST`` kills each have a seed, a way and servers of their own. ``TORTURE_KILLS`` is how many kills
-there are in all (500), ``TORTURE_SEED`` the first run's seed (0): each run prints the two values that repeat it alone.
+Runs of at most ``MOST`` kills each have a seed, a way and servers of their own. ``TORTURE_KILLS`` is how many kills are
+done in all (500), ``TORTURE_SEED`` the first run's seed (0): each run prints the two values that repeat it alone.
 """
 
 from __future__ import annotations
