@@ -114,14 +114,14 @@ def under_trio(store: Path) -> None:
 
 
 def run(about: dict[str, Any]) -> None:
-    """Run a script, with snapshots as often as can be."""
+    """Run a script, with a snapshot every few requests."""
     import torch
 
     from tickwork.journal import cost
     from tickwork.kept import keeper, snapshots
 
     torch.set_num_threads(1)
-    snapshots.LEAST_SECONDS, cost.COST = 0.02, 0
+    snapshots.LEAST_SECONDS, cost.COST = 0.1, 0
     if "at" in about:
         keeper.Journal = partial(keeper.Journal, at=fuse(about["at"], about["after"]))  # type: ignore[misc,assignment]
     store = Path(about["store"])

@@ -19,6 +19,7 @@ from served import Raw
 from tickwork.errors import ClosedError, InvalidRequestError, JournalError, LossError
 from tickwork.journal.codec import encode
 from tickwork.journal.journal import Journal
+from tickwork.journal.records import IN_PROCESS, TrimRecord
 from tickwork.kept import keeper, snapshots
 from tickwork.server import Settings, serving
 
@@ -294,6 +295,49 @@ def test_what_a_service_loaded_outlives_its_checkpoint(tmp_path: Path) -> None:
         assert [bits(at, each) for each in clients] == wanted
 
 
+def test_a_save_that_is_done_again_replaces_what_it_has_saved(tmp_path: Path, gate: Gate) -> None:
+    """Its checkpoint was there already, its result was not."""
+    entered, go = threading.Event(), threading.Event()
+
+    def slow(data: Any, logprobs: Any) -> Any:
+        entered.set()
+        assert go.wait(GUARD)
+        return squares(data, logprobs)
+
+    with service(tmp_path / "store") as at:
+        client = create(at)
+        client.forward_backward_custom([targets(0)], slow)
+        client.optim_step(ADAM)
+        future = client.save_state("once")
+        assert entered.wait(GUARD)
+        gate.shut()
+        go.set()
+        until(lambda: bool(at.host.catalogue.checkpoints()))
+        assert not future.done()
+        store = crashed(tmp_path / "store", tmp_path / "crashed")
+        gate.open()
+    with service(store) as at:
+        client = at.resume_training_client(only(at))
+        assert client.past_results()[3].value.path.endswith("weights/once")
+        with pytest.raises(tinker.CheckpointError, match="exists"):
+            client.save_state("once").result(GUARD)
+
+
+def test_each_trims_its_own(tmp_path: Path) -> None:
+    """A server's trimming leaves runs in process as they are, and that of a run all others."""
+    with service(tmp_path) as at:
+        clients = [create(at), create(at)]
+        for client in clients:
+            train(client, range(1))
+    journal = Journal(tmp_path)
+    journal.trim(settled_before=1e12, fetched_before=1e12).result(GUARD)
+    journal.append([TrimRecord(1e12, 1e12, clients[0].model_id)]).result(GUARD)
+    journal.close()
+    with service(tmp_path) as at:
+        first, second = (at.resume_training_client(run.run_id).past_results() for run in at.resumable())
+        assert (sorted(first), sorted(second)) == ([], [1, 2])
+
+
 def test_leaving_waits_for_what_is_not_with_the_engine_yet(tmp_path: Path, gate: Gate) -> None:
     """What follows a load is held back until that is on the disk; a service in a nursery drains it all the same."""
 
@@ -346,7 +390,7 @@ def test_a_full_disk_fails_requests_by_name_and_keeps_what_was_accepted(tmp_path
         db = at.host.keeper.journal._database.connection
         (pages,) = db.execute("PRAGMA page_count").fetchone()
         db.execute(f"PRAGMA max_page_count={pages}")
-        large = [datum(turn, 500) for turn in range(60)]
+        large = [datum(turn, 300) for turn in range(8)]
         with pytest.raises(JournalError, match="is full: make room"):
             for _ in range(4):
                 client.forward_backward(large, "cross_entropy").result(GUARD)
@@ -454,6 +498,12 @@ def test_a_server_and_a_service_leave_each_others_models_alone(tmp_path: Path, c
     with serving(settings) as url, Raw(url) as raw:
         assert raw.result(raw.optim(model, 2).json()["request_id"]).keys() == told.keys()
         raw.result(raw.optim(model, 3).json()["request_id"])
+    journal = Journal(tmp_path)
+    journal.close()
+    for in_process, owner in ((True, IN_PROCESS), (False, "")):
+        part = journal.recovered.of(in_process=in_process)
+        assert [lane.about.owner for lane in part.lanes] == [owner]
+        assert {result.owner for result in part.results} == {owner}
     with service(tmp_path) as at:
         client = at.resume_training_client(only(at))
         train(client, range(6, 8))
