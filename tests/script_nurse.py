@@ -20,7 +20,7 @@ from typing import Any
 from keeping import ADAM, TINY, datum, squares, targets
 from server_nurse import fuse
 
-TURNS = 12
+TURNS = 16
 
 
 def plan() -> list[tuple[str, Any]]:
@@ -121,7 +121,7 @@ def run(about: dict[str, Any]) -> None:
     from tickwork.kept import keeper, snapshots
 
     torch.set_num_threads(1)
-    snapshots.LEAST_SECONDS, cost.COST = 0.1, 0
+    snapshots.LEAST_SECONDS, cost.COST = 0.03, 0
     if "at" in about:
         keeper.Journal = partial(keeper.Journal, at=fuse(about["at"], about["after"]))  # type: ignore[misc,assignment]
     store = Path(about["store"])

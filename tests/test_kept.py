@@ -514,18 +514,28 @@ def test_a_service_that_nobody_holds_any_more_writes_what_it_accepted(tmp_path: 
     at = service(tmp_path)
     client = create(at)
     futures = [client.optim_step(ADAM) for _ in range(3)]
-    journal = at.host.keeper.journal
     del at, client
     gc.collect()
     assert futures[-1].result(GUARD).metrics["optim/applied"] == 0
-    until(lambda: isinstance(journal.failure, ClosedError))
-    journal._writer._thread.join(GUARD)
     until(lambda: _lets_in(tmp_path))
+    with service(tmp_path) as at:
+        assert at.resumable()[0].requests_applied == 3
+
+
+def test_a_service_that_was_never_used_lets_go_of_its_store(tmp_path: Path) -> None:
+    at = service(tmp_path)
+    del at
+    gc.collect()
+    until(lambda: _lets_in(tmp_path))
+    at = service(tmp_path)
+    at.close()
+    with pytest.raises(ClosedError):
+        at.forget_run("any")
 
 
 def _lets_in(store: Path) -> bool:
     try:
-        with service(store) as at:
-            return at.resumable()[0].requests_applied == 3
+        service(store).close()
     except JournalError:
         return False
+    return True

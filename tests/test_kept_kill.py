@@ -43,7 +43,7 @@ class Nurse:
         """Run a script to its end, however that comes.
 
         Args:
-            kill: after so many lines, and so many seconds besides.
+            kill: once it is told of a result of that place or a later one, and so many seconds after.
 
         Returns:
             what it was told, what was saved in the end, and how it ended.
@@ -58,7 +58,7 @@ class Nurse:
                 continue
             place, digest = line.split()
             told[int(place)] = digest
-            if kill is not None and len(told) > kill[0]:
+            if kill is not None and int(place) >= kill[0]:
                 time.sleep(kill[1])
                 with contextlib.suppress(ProcessLookupError):  # it was quicker
                     os.kill(pid, signal.SIGKILL)
@@ -93,8 +93,8 @@ def calm(nurse: Nurse, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[i
     """What a script is told and saves that nobody kills."""
     told, saved, ended = nurse.run(store=str(tmp_path_factory.mktemp("calm")), script="sync")
     assert ended == "0"
-    assert len(told) == 29
-    assert sorted(saved) == ["weights/final", "weights/turn-1", "weights/turn-5", "weights/turn-9"]
+    assert len(told) == 38
+    assert sorted(saved) == ["weights/final", "weights/turn-1", "weights/turn-13", "weights/turn-5", "weights/turn-9"]
     return told, saved
 
 
@@ -104,17 +104,20 @@ def test_a_script_that_is_killed_and_run_again_ends_as_one_that_was_left_alone(
 ) -> None:
     """Killed at random instants and at each point of the journal, all it is told and saves is bit by bit the same."""
     dice = random.Random(script)
-    ends: list[dict[str, Any]] = [{"kill": (dice.randrange(6), 0.03 * dice.random())} for _ in range(RANDOM)]
-    ends += [{"at": point, "after": dice.randrange(3)} for point in POINTS]
+    ends: list[str | None] = [None] * RANDOM + list(POINTS)
     dice.shuffle(ends)
-    killed = 0
-    for about in ends:
-        told, saved, ended = nurse.run(store=str(tmp_path), script=script, **about)
+    killed = place = 0
+    for point in ends:
+        if point is None:
+            where: dict[str, Any] = {"kill": (place + dice.randrange(3), 0.02 * dice.random())}
+        else:
+            where = {"at": point, "after": 0 if point.startswith("snapshot") else dice.randrange(3)}
+        told, saved, ended = nurse.run(store=str(tmp_path), script=script, **where)
         assert told.items() <= calm[0].items()
         if saved is not None:
             break
         assert ended == str(-signal.SIGKILL)
-        killed += 1
+        killed, place = killed + 1, max([place, *told])
     told, saved, ended = nurse.run(store=str(tmp_path), script=script)
     assert ended == "0"
     assert told == calm[0]

@@ -8,7 +8,6 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
@@ -63,6 +62,8 @@ class Host:
         self.engine = engine
         self.catalogue = catalogue
         self.keeper = keeper
+        if keeper is not None:
+            weakref.finalize(self, keeper.retire).atexit = False
         self.user_metadata = as_metadata(user_metadata)
         self.session_id = str(uuid.uuid4())
         self._portal: Portal | None = None
@@ -90,8 +91,10 @@ class Host:
                 self._thread = EngineThread(self.engine) if keeper is None else EngineThread(self.engine, keeper.drain)
                 self._portal = self._thread.start()
                 # A service whose last reference goes drains and ends by itself.
-                end = self._portal.close if keeper is None else partial(keeper.retire, self._portal)
-                weakref.finalize(self, end).atexit = False
+                if keeper is None:
+                    weakref.finalize(self, self._portal.close).atexit = False
+                else:
+                    keeper.portal = self._portal
             return self._portal
 
     def door(self, model_id: str) -> Door:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from tickwork.engine.portal import Portal
-from tickwork.errors import InvalidRequestError, fresh
+from tickwork.errors import ClosedError, InvalidRequestError, fresh
 from tickwork.futures import Future, Inner
 from tickwork.journal.database import Durability
 from tickwork.journal.journal import Journal
@@ -40,6 +40,7 @@ class Keeper:
         durability: see ``Journal``.
         run_of: tells what the store knows of a run, or None.
         device_seconds: tells the seconds of the device that a lane has had.
+        portal: of the engine, where that has a thread of its own and runs.
 
     Raises:
         JournalError: see ``Journal``.
@@ -56,6 +57,7 @@ class Keeper:
     ) -> None:
         self.journal = Journal(store, durability=durability, limit=NO_LIMIT)
         self.device_seconds = device_seconds
+        self.portal: Portal | None = None
         past = self.journal.recovered
         self.journal.recovered = attrs.evolve(past, lanes=(), loose=(), results=())  # or their bodies would stay
         self.runs = past_runs(past.of(in_process=True), run_of)
@@ -115,8 +117,11 @@ class Keeper:
         """Let go of a run for good, after all that was asked of it.
 
         Raises:
+            ClosedError: the service is closed.
             InvalidRequestError: there is none.
         """
+        if self._closed:
+            raise ClosedError("the service is closed: make a new ServiceClient")
         with self._lock:
             if run_id not in self._known:
                 raise InvalidRequestError(f"the journal holds no run {run_id!r}", field="run_id")
@@ -142,10 +147,11 @@ class Keeper:
         portal.refuse()
         self._wait()
 
-    def retire(self, portal: Portal) -> None:
-        """Drain and end without anybody who waits for it. Safe in a finaliser."""
-        portal.refuse()
-        self._then_idle(lambda: self.results.put(partial(self._leave, portal)))
+    def retire(self) -> None:
+        """Drain and end without anybody who waits for it, and the engine too if it runs. Safe in a finaliser."""
+        if self.portal is not None:
+            self.portal.refuse()
+        self._then_idle(lambda: self.results.put(self._leave))
 
     def close(self) -> None:
         """End, once all is shown: after ``drain``, or once the engine has ended. Does nothing a second time."""
@@ -158,8 +164,9 @@ class Keeper:
                 worker.join()
             self.journal.close()
 
-    def _leave(self, portal: Portal) -> None:
-        portal.close()
+    def _leave(self) -> None:
+        if self.portal is not None:
+            self.portal.close()
         if not self._closed:
             self._closed = True
             self.disk.put(self.journal.close)
