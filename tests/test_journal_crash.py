@@ -245,7 +245,7 @@ class Crashes(RuleBasedStateMachine):
         def change(model: Model) -> None:
             model.results[key].fetched = model.results[key].fetched or when
 
-        self.act([(self.append(FetchedRecord(*key, when)), change)])
+        self.act([(self.append(FetchedRecord(key[0], (key[1],), when)), change)])
 
     @rule(data=st.data())
     @precondition(lambda self: self.model.lanes)

@@ -64,7 +64,7 @@ def test_everything_is_there_again(tmp_path: Path) -> None:
     put(journal, session, about, sampler, LossRecord("s:loss:0", "owner", "s", 0, graph))
     put(journal, RequestRecord(sampler.key, 7, "owner", "sample", encode(sample)))
     put(journal, RequestRecord(LANE, 0, "owner", "create_model", encode(refused)), ended)
-    put(journal, ResultRecord(LANE, 0, 5.0, encode(refused)), FetchedRecord(LANE, 0, 6.0))
+    put(journal, ResultRecord(LANE, 0, 5.0, encode(refused)), FetchedRecord(LANE, (0,), 6.0))
     put(journal, SessionRecord("t", "owner", {}, session.created_at), ForgetRecord("sessions", "t"))
     journal.close()
     found = reopened(tmp_path)

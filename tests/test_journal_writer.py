@@ -239,8 +239,8 @@ def test_trimming_keeps_what_may_be_asked_for(journal: Journal, tmp_path: Path) 
     """Covered requests go at once, results when fetched or old; of what may be replayed it stays known that it ran."""
     fill(journal, 4)
     put(journal, request(0, "sampler"), request(1, "sampler"), result(0, "sampler", settled=50.0))
-    put(journal, FetchedRecord(LANE, 0, 10.0), FetchedRecord(LANE, 2, 10.0), FetchedRecord(LANE, 3, 90.0))
-    put(journal, FetchedRecord(LANE, 3, 1.0))  # a result that is fetched again stays as long as after the first time
+    put(journal, FetchedRecord(LANE, (0,), 10.0), FetchedRecord(LANE, (2,), 10.0), FetchedRecord(LANE, (3,), 90.0))
+    put(journal, FetchedRecord(LANE, (3,), 1.0))  # a result that is fetched again stays as long as after the first time
     journal.write_snapshot(LANE, 1, state(1)).result(GUARD)
     journal.trim(settled_before=-1.0, fetched_before=20.0).result(GUARD)
     copy = reopened(crashed(tmp_path, tmp_path / "copy"))

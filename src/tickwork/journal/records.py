@@ -125,10 +125,10 @@ class ResultRecord:
 
 @attrs.frozen
 class FetchedRecord:
-    """A result was handed over."""
+    """Results of a lane were handed over."""
 
     lane: str
-    number: int
+    numbers: tuple[int, ...]
     fetched: float
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from sqlite3 import Connection
 from typing import Any
@@ -73,8 +74,13 @@ def weight(row: Row) -> int:
     return OVERHEAD + len(getattr(row, "body", b"")) + len(getattr(row, "gradients", None) or b"")
 
 
+def is_one(row: Row) -> bool:
+    """Whether a row is written by a statement that is a transaction of its own."""
+    return isinstance(row, RequestRecord) or (isinstance(row, ResultRecord) and row.gradients is None)
+
+
 def write(db: Connection, row: Row, keep: int) -> list[str]:
-    """Write a row, inside a transaction.
+    """Write a row, inside a transaction unless it ``is_one``.
 
     Args:
         keep: snapshots of a lane that stay.
@@ -123,8 +129,8 @@ def _result(db: Connection, row: ResultRecord) -> None:
 
 
 def _fetched(db: Connection, row: FetchedRecord) -> None:
-    where = "WHERE lane = ? AND number = ? AND fetched IS NULL"
-    db.execute(f"UPDATE results SET fetched = ? {where}", (float(row.fetched), row.lane, row.number))
+    where = "WHERE lane = ? AND number IN (SELECT value FROM json_each(?)) AND fetched IS NULL"
+    db.execute(f"UPDATE results SET fetched = ? {where}", (float(row.fetched), row.lane, json.dumps(row.numbers)))
 
 
 def _skipped(db: Connection, row: SkippedRecord) -> None:

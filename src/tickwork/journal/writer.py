@@ -13,7 +13,7 @@ from tickwork.errors import ClosedError, JournalError, QueueFullError, fresh
 from tickwork.futures import Inner
 from tickwork.journal.database import Database
 from tickwork.journal.records import Record
-from tickwork.journal.rows import Row, as_row, weight, write
+from tickwork.journal.rows import Row, as_row, is_one, weight, write
 from tickwork.journal.snapshots import Hook, Snapshots
 
 # What is wrong with one record alone.
@@ -21,9 +21,6 @@ _OWN = (
     *(JournalError, sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError),
     *(OverflowError, TypeError, ValueError),
 )
-# What begins, undoes and ends one post within a transaction.
-_ALONE = ((), ("ROLLBACK", "BEGIN IMMEDIATE"), ())
-_TOGETHER = (("SAVEPOINT post",), ("ROLLBACK TO post",), ("RELEASE post",))
 
 
 @attrs.frozen(eq=False)
@@ -131,27 +128,41 @@ class Writer:
             return posts
 
     def _write(self, posts: list[_Post]) -> list[tuple[_Post, JournalError | None]]:
-        db, gone, done = self._database.connection, [], []
-        # After each statement the thread waits for the interpreter: one post alone does with its transaction.
-        begin, undo, end = _ALONE if len(posts) == 1 else _TOGETHER
+        gone: list[str] = []
+        # After each statement this thread waits for the interpreter, which the device wants as well.
+        small = len(posts) == len(posts[0].rows) == 1 and is_one(posts[0].rows[0])
         with self._database.named("write"):
-            db.execute("BEGIN IMMEDIATE")
-            for post in posts:
-                refusal = None
-                _execute(db, begin)
-                try:
-                    gone += self._write_post(db, post)
-                except _OWN as error:
-                    _execute(db, undo)
-                    refusal = _refusal(error)
-                _execute(db, end)
-                done.append((post, refusal))
-            self._at("commit")
-            db.execute("COMMIT")
+            done = [(posts[0], self._write_one(posts[0]))] if small else self._write_all(posts, gone)
         self._at("remove")
         with contextlib.suppress(OSError):  # it goes when the journal is next opened
             self._snapshots.remove(gone)
         self._at("settle")
+        return done
+
+    def _write_one(self, post: _Post) -> JournalError | None:
+        self._at("write")
+        self._at("commit")
+        try:
+            write(self._database.connection, post.rows[0], self._keep)
+        except _OWN as error:
+            return _refusal(error)
+        return None
+
+    def _write_all(self, posts: list[_Post], gone: list[str]) -> list[tuple[_Post, JournalError | None]]:
+        db, done = self._database.connection, []
+        db.execute("BEGIN IMMEDIATE")
+        for post in posts:
+            refusal = None
+            db.execute("SAVEPOINT post")
+            try:
+                gone += self._write_post(db, post)
+            except _OWN as error:
+                db.execute("ROLLBACK TO post")
+                refusal = _refusal(error)
+            db.execute("RELEASE post")
+            done.append((post, refusal))
+        self._at("commit")
+        db.execute("COMMIT")
         return done
 
     def _write_post(self, db: sqlite3.Connection, post: _Post) -> list[str]:
@@ -183,11 +194,6 @@ class Writer:
         for post in posts:
             post.durable.set_exception(fresh(death))
         _settle(tickets)
-
-
-def _execute(db: sqlite3.Connection, lines: Sequence[str]) -> None:
-    for line in lines:
-        db.execute(line)
 
 
 def _settle(tickets: Sequence[Inner[None]]) -> None:

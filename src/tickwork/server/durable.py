@@ -37,7 +37,7 @@ class Durable:
         self._optional = optional
         self._nursery: trio.Nursery | None = None
         self.failure: JournalError | None = None
-        self._fetched: list[Record] = []
+        self._fetched: dict[str, list[int]] = {}
 
     @property
     def on(self) -> bool:
@@ -59,7 +59,7 @@ class Durable:
         """Write everything appended and let the next process in."""
         if self.journal is not None:
             with contextlib.suppress(TickworkError):  # it says so when it can not be written
-                self._append(())
+                self._append(self._handed_over())
             self.journal.close()
 
     def start(self, act: Callable[..., Awaitable[Any]], *args: Any) -> None:
@@ -128,14 +128,15 @@ class Durable:
             self.start(self._keep, promise, value, error)
 
     def fetched(self, promise: Promise) -> None:
-        """Note that a result was handed over; written with whatever comes next, since it saves nobody from anything."""
+        """Note that a result was handed over: it is written at the next ``flush``, since nobody waits for it."""
         if self.on and promise.place is not None and promise.keep is not None:
-            self._fetched.append(FetchedRecord(*promise.place, time.time()))
+            lane, number = promise.place
+            self._fetched.setdefault(lane, []).append(number)
 
     def flush(self) -> None:
-        """Write what waits for something else to be written."""
+        """Write what was handed over since the last time."""
         if self._fetched:
-            self.note()
+            self.note(*self._handed_over())
 
     def trim(self, result_seconds: float, refetch_seconds: float) -> None:
         """Let go of what a snapshot covers, and of results as old as ``Promises.sweep`` would have them."""
@@ -169,9 +170,11 @@ class Durable:
 
     def _append(self, records: Sequence[Record]) -> Inner[None]:
         assert self.journal is not None
-        written = self.journal.append([*self._fetched, *records])
-        self._fetched.clear()
-        return written
+        return self.journal.append(records)
+
+    def _handed_over(self) -> list[Record]:
+        fetched, self._fetched = self._fetched, {}
+        return [FetchedRecord(lane, tuple(numbers), time.time()) for lane, numbers in fetched.items()]
 
     async def _room(self) -> None:
         assert self.journal is not None
