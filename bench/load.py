@@ -1,7 +1,8 @@
 """``python -m bench load``: many SDK clients at once, some of whose requests are wrong: nothing lost, nothing twice.
 
 Each client is a training run of its own, in a thread and an SDK client of its own, that keeps some requests submitted
-ahead. What it got is held to what the same client gets alone, in process, from its right requests only.
+ahead. What it got is held to what the same client gets alone, in process, from its right requests only: to the bit, so
+the server is invariant. Merged passes would add in another order, which a few dozen steps make visible.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from bench.table import table
 from bench.workloads import make_qwen205k
 
 VOCAB, LENGTH, ROWS, RANK = 1024, 24, 2, 4
-# Requests that a client has submitted and not fetched; seconds that a result may take; how close losses are.
-AHEAD, WAIT, CLOSE = 6, 600.0, 1e-5
+# Requests that a client has submitted and not fetched; seconds that a result may take.
+AHEAD, WAIT = 6, 600.0
 WRONG = 0.05
 
 Kind = Literal["loss", "step", "a target out of range", "an unknown loss", "a negative learning rate"]
@@ -128,7 +129,7 @@ def alone(model: str, clients: int, requests: int) -> list[list[Told]]:
     found = []
     for number in range(clients):
         asks = script(number, requests)
-        with tickwork.ServiceClient(device="cpu", dtype="float32") as service:
+        with tickwork.ServiceClient(device="cpu", dtype="float32", invariant=True) as service:
             client = service.create_lora_training_client(model, rank=RANK, seed=1000 * number)
             told = []
             for place, kind in enumerate(asks):
@@ -145,10 +146,7 @@ def differences(told: Sequence[Told], expected: Sequence[Told]) -> list[str]:
     if len(right) != len(expected):
         return [*found, f"{len(right)} of {len(expected)} results"]
     for place, (got, want) in enumerate(zip(right, expected, strict=True)):
-        assert got.value is not None
-        assert want.value is not None
-        off = abs(got.value - want.value) > (CLOSE * abs(want.value) if got.kind == "loss" else 0.0)
-        if got.kind != want.kind or off:
+        if (got.kind, got.value) != (want.kind, want.value):
             found.append(f"result {place}: {got.kind} {got.value} in place of {want.kind} {want.value}")
     return found
 
@@ -184,7 +182,7 @@ def main(arguments: Sequence[str]) -> int:
     about = record.circumstances() | {"arguments": list(arguments)}
     with tempfile.TemporaryDirectory() as folder:
         model = str(make_qwen205k(Path(folder) / "model"))
-        with _serving(model, f"{folder}/store", "process") as (_, url):
+        with _serving(model, f"{folder}/store", "process", "--invariant") as (_, url):
             told, seconds = together(url, KEY, MODEL, options.clients, options.requests)
         expected = alone(model, options.clients, options.requests)
     rows = rows_of(told, expected, seconds)

@@ -23,7 +23,7 @@ def measured(tmp_path_factory):
         script = load.script
         patch.setattr(load, "script", lambda seed, count: script(seed, count, 0.2))
         with serving(
-            Settings(models=(f"load/qwen3-205k={model}",), store=folder / "store", port=0, device="cpu")
+            Settings(models=(f"load/qwen3-205k={model}",), store=folder / "store", port=0, device="cpu", invariant=True)
         ) as url:
             told, seconds = load.together(url, KEY, "load/qwen3-205k", CLIENTS, REQUESTS)
         return told, load.alone(model, CLIENTS, REQUESTS), seconds

@@ -117,7 +117,7 @@ def _row(speed: str, workload: str, ours: float, name: str, against: float, want
 
 
 @contextmanager
-def _serving(model: str, store: str, journal: str) -> Iterator[tuple[int, str]]:
+def _serving(model: str, store: str, journal: str, *given: str) -> Iterator[tuple[int, str]]:
     """Run ``tickwork serve`` in a process of its own; yield its id and base URL."""
     command = [
         "-m",
@@ -133,7 +133,7 @@ def _serving(model: str, store: str, journal: str) -> Iterator[tuple[int, str]]:
         journal,
     ]
     more = ["--device", "cpu", "--dtype", "float32", "--max-models", "128", "--gap-seconds", "3600"]
-    with _child([*command, *more]) as child:
+    with _child([*command, *more, *given]) as child:
         assert child.stdout is not None
         found = next((found for line in child.stdout if (found := re.search(r"TINKER_BASE_URL=(\S+)", line))), None)
         if found is None:
