@@ -74,11 +74,11 @@ class Raw:
         made = self.ok("create_session", {"tags": [], "user_metadata": {}, **VERSION, "type": "create_session"})
         return str(made["session_id"])
 
-    def model(self, session: str | None = None, number: int = 0, **lora: Any) -> str:
+    def model(self, session: str | None = None, number: int = 0, base: str = TINY, **lora: Any) -> str:
         """Make a training model and wait for it."""
         session = session or self.session()
         lora = {"rank": 4, "seed": 1, **lora}
-        ask = {"session_id": session, "model_seq_id": number, "base_model": TINY, "lora_config": lora}
+        ask = {"session_id": session, "model_seq_id": number, "base_model": base, "lora_config": lora}
         promised = self.ok("create_model", ask)
         made = self.result(promised["request_id"])
         assert "error" not in made, made

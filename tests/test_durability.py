@@ -121,6 +121,50 @@ def test_a_sampler_that_follows_its_model_stays_where_it_was_led(tmp_path, nurse
         assert drawn(follows) == wanted
 
 
+def test_with_power_what_was_accepted_is_done_after_a_kill(tmp_path, nurse):
+    """Each commit is synced before it is answered; what was answered, and not done, is done by the next server."""
+    nurse.at(tmp_path, journal="power")
+    with serving_from(nurse) as url, Raw(url) as raw:
+        model = raw.model()
+        asked = [raw.forward_backward(model, 1, [datum([1] * 400)] * 8).json(), raw.optim(model, 2).json()]
+        nurse.kill()
+        nurse.start()
+        nurse.up()
+        passed, stepped = (raw.result(each["request_id"]) for each in asked)
+        assert passed["metrics"]["loss:sum"] > 0
+        assert stepped["metrics"]["optim/step"] == 1
+
+
+def test_a_model_whose_base_is_not_served_fails_by_name_and_comes_back_with_it(tmp_path, nurse):
+    """Beside another, which goes on."""
+    both = [f"one={locate(TINY)}", f"other={locate(TINY)}"]
+    nurse.at(tmp_path, models=both)
+    with serving_from(nurse) as url, Raw(url) as raw:
+        session = raw.session()
+        gone, stays = (raw.model(session, number, base=base) for number, base in enumerate(("one", "other")))
+        assert [stepped(raw, model, 1) for model in (gone, stays)] == [1, 1]
+        nurse.kill()
+        nurse.settings["models"] = both[1:]
+        nurse.start()
+        nurse.up()
+        lost = [raw.optim(gone, number).json()["request_id"] for number in (3, 4)]
+        why = raw.result(lost[0])["error"]
+        assert "its base model 'one' is not served any more: start the server with --model one" in why
+        assert stepped(raw, stays, 2) == 2
+        nurse.kill()
+        nurse.settings["models"] = both
+        nurse.start()
+        nurse.up()
+        assert [raw.result(name)["error"] for name in lost] == [why, why]
+        assert [stepped(raw, model, 3) for model in (gone, stays)] == [2, 3]
+
+
+def stepped(raw, model, number):
+    """Take an optimizer step, with a gradient; return how many that makes."""
+    raw.result(raw.forward_backward(model, 2 * number - 1, [datum()]).json()["request_id"])
+    return raw.result(raw.optim(model, 2 * number).json()["request_id"])["metrics"]["optim/step"]
+
+
 def test_what_was_loaded_outlives_its_checkpoint(tmp_path, nurse):
     nurse.at(tmp_path, snapshot_seconds=1000)
     with sdk_of(nurse) as service, serving_from(nurse):
