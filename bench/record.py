@@ -21,7 +21,7 @@ def circumstances() -> dict[str, Any]:
     """Return commit, versions and machine."""
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--", "src", "kernels", "bench/*.py")),
+        "changed": bool(_git("status", "--porcelain", "--", ":/src", ":/kernels", ":/bench/*.py")),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
