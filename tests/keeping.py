@@ -42,6 +42,18 @@ def squares(data: Any, logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict
     return (total * total).sqrt(), {"datums:sum": float(len(data))}
 
 
+def held_loss() -> tuple[Callable[..., Any], threading.Event, threading.Event]:
+    """Return such a loss that waits, an event set once it is called, and one that lets it go on."""
+    entered, go = threading.Event(), threading.Event()
+
+    def slow(data: Any, logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        entered.set()
+        assert go.wait(GUARD)
+        return squares(data, logprobs)
+
+    return slow, entered, go
+
+
 def train(client: tinker.TrainingClient, turns: range) -> list[Any]:
     """Train, with a custom loss every third turn, submitting ahead; return all that was told."""
     waiting: list[Any] = []

@@ -10,8 +10,6 @@ import queue
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 from tinker import types
 
+from nursing import start
 from served import TINY, datum, sdk
 
 GUARD = 120.0
@@ -33,18 +32,6 @@ APART = 101
 
 # Service, rounds, progress, seed: plays a client and returns everything that it was told.
 Script = Callable[[Any, int, "Progress", int], list[Any]]
-
-# The points of the journal at which a crash would matter, and how often each is passed before the end.
-POINTS = (
-    "write",
-    "commit",
-    "remove",
-    "settle",
-    "snapshot-write",
-    "snapshot-sync",
-    "snapshot-rename",
-    "snapshot-folder",
-)
 
 
 def free_port() -> int:
@@ -67,14 +54,7 @@ class Nurse:
         self.settings: dict[str, Any] = {}
         self.pid: int | None = None
         self._log = log.open("ab")
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("server_nurse.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            bufsize=1,
-        )
+        self._process = start("server_nurse.py", self._log)
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -100,7 +80,7 @@ class Nurse:
         """Start a server, which may be told where to end."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"settings": self.settings, **end}) + "\n")
-        self.pid = int(self._line())
+        self.pid = int(self._line().removeprefix("pid "))
 
     def up(self) -> str:
         """Wait until it listens; return its URL."""

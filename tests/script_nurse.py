@@ -10,15 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
-import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from keeping import ADAM, TINY, datum, squares, targets
-from server_nurse import fuse
+from nursing import fork_for_each_line, fuse
 
 TURNS = 16
 
@@ -137,20 +135,7 @@ def main() -> None:
     import tickwork.compute.stage
     import tickwork.kept.catch_up  # noqa: F401
 
-    os.write(1, b"ready\n")
-    for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            try:
-                run(json.loads(line))
-            except BaseException as error:
-                traceback.print_exc()
-                os.write(1, f"error {error!r}\n".encode())
-                os._exit(1)
-            os._exit(0)
-        os.write(1, f"pid {child}\n".encode())
-        _, status = os.waitpid(child, 0)
-        os.write(1, f"ended {os.waitstatus_to_exitcode(status)}\n".encode())
+    fork_for_each_line(run)
 
 
 if __name__ == "__main__":

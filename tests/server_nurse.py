@@ -6,27 +6,13 @@ kills itself the fourth time that its journal comes to that point. Each server's
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
-import traceback
 from functools import partial
 from typing import Any
 
-
-def fuse(at: str, after: int) -> Any:
-    """Return a hook for the journal that ends this process at a point."""
-    left = after
-
-    def hook(point: str) -> None:
-        nonlocal left
-        if point == at:
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    return hook
+from nursing import fork_for_each_line, fuse
 
 
 def serve(about: dict[str, Any]) -> None:
@@ -67,20 +53,7 @@ def main() -> None:
     import tickwork.compute.stage
     import tickwork.server  # noqa: F401
 
-    os.write(1, b"ready\n")
-    for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            try:
-                serve(json.loads(line))
-            except BaseException as error:
-                traceback.print_exc()
-                os.write(1, f"{error!r}\n".encode())
-                os._exit(1)
-            os._exit(0)
-        os.write(1, f"{child}\n".encode())
-        _, status = os.waitpid(child, 0)
-        os.write(1, f"ended {os.waitstatus_to_exitcode(status)}\n".encode())
+    fork_for_each_line(serve)
 
 
 if __name__ == "__main__":

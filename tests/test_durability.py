@@ -9,7 +9,8 @@ import pytest
 from tinker import types
 
 from journals import change
-from killing import POINTS, Nurse, hurry, killed, script, serving_from, several, undisturbed
+from killing import Nurse, hurry, killed, script, serving_from, several, undisturbed
+from nursing import POINTS
 from served import TINY, Raw, datum, sdk
 from tickwork.errors import JournalError
 from tickwork.journal.report import report

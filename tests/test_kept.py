@@ -14,7 +14,22 @@ import trio
 import tickwork as tinker
 from conftest import Ask, Caller
 from journals import change
-from keeping import ADAM, GUARD, TINY, Gate, bits, crashed, datum, only, service, squares, targets, train, until
+from keeping import (
+    ADAM,
+    GUARD,
+    TINY,
+    Gate,
+    bits,
+    crashed,
+    datum,
+    held_loss,
+    only,
+    service,
+    squares,
+    targets,
+    train,
+    until,
+)
 from served import Raw
 from tickwork.errors import ClosedError, InvalidRequestError, JournalError, LossError
 from tickwork.journal.codec import encode
@@ -117,13 +132,7 @@ def applied(store: Path) -> int:
 
 def test_a_result_is_shown_once_it_is_written(tmp_path: Path, gate: Gate) -> None:
     """Its request is in one commit, and accepted; its result is in the next, and shown after that."""
-    entered, go = threading.Event(), threading.Event()
-
-    def slow(data: Any, logprobs: Any) -> Any:
-        entered.set()
-        assert go.wait(GUARD)
-        return squares(data, logprobs)
-
+    slow, entered, go = held_loss()
     with service(tmp_path) as at:
         client = create(at).result(GUARD)
         future = client.forward_backward_custom([targets(0)], slow)
@@ -234,13 +243,7 @@ def test_a_custom_loss_is_not_called_again(tmp_path: Path) -> None:
 
 
 def test_a_custom_loss_that_was_not_done_fails_by_name_and_what_follows_runs(tmp_path: Path) -> None:
-    entered, go = threading.Event(), threading.Event()
-
-    def slow(data: Any, logprobs: Any) -> Any:
-        entered.set()
-        assert go.wait(GUARD)
-        return squares(data, logprobs)
-
+    slow, entered, go = held_loss()
     with service(tmp_path / "store") as at:
         client = create(at)
         train(client, range(1))
@@ -297,13 +300,7 @@ def test_what_a_service_loaded_outlives_its_checkpoint(tmp_path: Path) -> None:
 
 def test_a_save_that_is_done_again_replaces_what_it_has_saved(tmp_path: Path, gate: Gate) -> None:
     """Its checkpoint was there already, its result was not."""
-    entered, go = threading.Event(), threading.Event()
-
-    def slow(data: Any, logprobs: Any) -> Any:
-        entered.set()
-        assert go.wait(GUARD)
-        return squares(data, logprobs)
-
+    slow, entered, go = held_loss()
     with service(tmp_path / "store") as at:
         client = create(at)
         client.forward_backward_custom([targets(0)], slow)
@@ -362,13 +359,7 @@ def test_leaving_waits_for_what_is_not_with_the_engine_yet(tmp_path: Path, gate:
 
 
 def test_what_a_service_that_is_aborted_had_accepted_is_done_by_the_next(tmp_path: Path) -> None:
-    entered, go = threading.Event(), threading.Event()
-
-    def slow(data: Any, logprobs: Any) -> Any:
-        entered.set()
-        assert go.wait(GUARD)
-        return squares(data, logprobs)
-
+    slow, entered, go = held_loss()
     with pytest.raises(ZeroDivisionError), service(tmp_path) as at:
         client = create(at)
         client.forward_backward_custom([targets(0)], slow)

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +14,8 @@ from typing import Any
 
 import pytest
 
-# The points of the journal at which a crash would matter.
-POINTS = (
-    *("write", "commit", "remove", "settle"),
-    *("snapshot-write", "snapshot-sync", "snapshot-rename", "snapshot-folder"),
-)
+from nursing import POINTS, start
+
 RANDOM = 6
 
 
@@ -29,14 +24,7 @@ class Nurse:
 
     def __init__(self, log: Path) -> None:
         self._log = log.open("ab")
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("script_nurse.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            bufsize=1,
-        )
+        self._process = start("script_nurse.py", self._log)
         assert self._line() == "ready"
 
     def run(self, kill: tuple[int, float] | None = None, **about: Any) -> tuple[dict[int, str], Any, str]:

@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from killing import POINTS, Nurse, hurry, killed, script, several, undisturbed
+from killing import Nurse, hurry, killed, script, several, undisturbed
+from nursing import POINTS
 
 KILLS, SEED = int(os.environ.get("TORTURE_KILLS", "500")), int(os.environ.get("TORTURE_SEED", "0"))
 # Turns of a script for each kill: with fewer, servers would have nothing to do.
