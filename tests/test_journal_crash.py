@@ -142,12 +142,14 @@ Step = tuple[Callable[[], Inner[None]], Callable[[Model], object]]
 class Crashes(RuleBasedStateMachine):
     """A journal and its model; after a crash it holds all that was acknowledged, and of the rest a beginning."""
 
+    at_once = False
+
     @initialize()
     def open(self) -> None:
         self.folder = Path(tempfile.mkdtemp(dir=FOLDER))
         self.copies, self.opened, self.clock = 0, 0, 0.0
         self.fuse = Fuse()
-        self.journal = Journal(self.folder / "0", at=self.fuse)
+        self.journal = Journal(self.folder / "0", at=self.fuse, at_once=self.at_once)
         self.model = Model()
         self.open_lane()
 
@@ -194,7 +196,7 @@ class Crashes(RuleBasedStateMachine):
         store = crashed(self.folder / str(self.copies - 1), self.folder / str(self.copies))
         self.journal.close()
         self.fuse.left = None
-        self.journal = Journal(store, at=self.fuse)
+        self.journal = Journal(store, at=self.fuse, at_once=self.at_once)
         assert self.journal.recovered.damage == ()
         found = told(self.journal.recovered)
         matching = [model for model in possible if model.summary() == found]
@@ -290,8 +292,15 @@ class Crashes(RuleBasedStateMachine):
             self.act([(self.append(ForgetRecord("lanes", name)), lambda model: model.lanes.pop(name))])
 
 
-TestCrashes = Crashes.TestCase
+class CrashesAtOnce(Crashes):
+    """Where whoever appends a small record writes it."""
+
+    at_once = True
+
+
+TestCrashes, TestCrashesAtOnce = Crashes.TestCase, CrashesAtOnce.TestCase
 TestCrashes.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestCrashesAtOnce.settings = TestCrashes.settings
 
 
 POINTS = [

@@ -14,8 +14,10 @@ import pytest
 import trio
 
 from journals import GUARD, LANE, crashed, fill, lane, numbers, put, request, result, state
+from keeping import until
 from tickwork.errors import ClosedError, JournalError, QueueFullError
 from tickwork.futures import wait
+from tickwork.journal import writer
 from tickwork.journal.codec import encode
 from tickwork.journal.journal import Journal
 from tickwork.journal.records import (
@@ -131,6 +133,125 @@ def test_a_small_append_is_durable_within_a_millisecond(journal: Journal) -> Non
         put(journal, request(number))
         spent.append(time.perf_counter() - begun)
     assert statistics.median(spent) < 1e-3
+
+
+class Where:
+    """A hook that notes which thread passes each commit, and may hold one."""
+
+    def __init__(self) -> None:
+        self.threads = list[str]()
+        self.held: str | None = None
+        self.pause = 0.0
+        self.reached, self.open = threading.Event(), threading.Event()
+
+    def __call__(self, point: str) -> None:
+        if point != "commit":
+            return
+        name = threading.current_thread().name
+        self.threads.append(name)
+        time.sleep(self.pause)
+        if name == self.held:
+            self.reached.set()
+            assert self.open.wait(GUARD)
+
+    def taken(self) -> list[str]:
+        """Return the threads since the last time."""
+        found, self.threads = self.threads, []
+        return found
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Iterator[tuple[Journal, Where]]:
+    """A journal with an empty lane that writes small records at once."""
+    hook = Where()
+    journal = Journal(tmp_path, at=hook, at_once=True)
+    put(journal, lane())
+    hook.taken()
+    yield journal, hook
+    hook.open.set()
+    journal.close()
+
+
+WRITER, HERE = "tickwork-journal", threading.main_thread().name
+
+
+def test_at_once_whoever_appends_a_small_record_writes_it(where: tuple[Journal, Where]) -> None:
+    """What is large, or more than one record, or not a request or a plain result, goes to the writer's thread."""
+    journal, hook = where
+    small = [journal.append([each]) for each in (request(0), request(1), result(0))]
+    assert all(future.done() and future.exception() is None for future in small)
+    assert hook.taken() == [HERE] * 3
+    put(journal, request(2, size=10**5))
+    put(journal, request(3), request(4))
+    put(journal, result(1, gradients=encode(())))
+    put(journal, FetchedRecord(LANE, (0,), 1.0))
+    assert hook.taken() == [WRITER] * 4
+    with pytest.raises(JournalError, match="already accepted"):
+        put(journal, request(1))
+    assert hook.taken() == [HERE]
+
+
+def test_at_once_nobody_overtakes(where: tuple[Journal, Where]) -> None:
+    """While one thread writes, what others append waits its turn; afterwards it is at once again."""
+    journal, hook = where
+    for first, held in enumerate(("other", WRITER)):
+        hook.held = held
+        size = 10**5 if held == WRITER else 10
+        thread = threading.Thread(target=put, args=(journal, request(3 * first, size=size)), name="other")
+        thread.start()
+        assert hook.reached.wait(GUARD)
+        later = [journal.append([request(number)]) for number in (3 * first + 1, 3 * first + 2)]
+        assert not any(future.done() for future in later)
+        hook.open.set()
+        thread.join(GUARD)
+        for future in later:
+            future.result(GUARD)
+        assert hook.taken() == [held, WRITER]
+        hook.held = None
+        hook.reached.clear()
+        hook.open.clear()
+    until(lambda: not journal._writer._writing)
+    assert journal.append([request(6)]).done()
+
+
+def test_at_once_not_while_the_disk_is_slow(where: tuple[Journal, Where], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has waited for the disk does not wait again for a while."""
+    journal, hook = where
+    monkeypatch.setattr(writer, "BESIDE", 0.5)
+    hook.pause = 2 * writer.SLOW
+    put(journal, request(0), request(1))
+    put(journal, request(2))
+    put(journal, request(3))
+    assert hook.taken() == [WRITER, HERE, WRITER]
+    hook.pause = 0.0
+    time.sleep(0.6)
+    assert journal.append([request(4)]).done()
+
+
+def test_at_once_an_error_that_nobody_foresaw_ends_the_journal(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, at_once=True)
+    put(journal, lane())
+    journal._database.connection.execute("DROP TABLE requests")
+    with pytest.raises(JournalError, match="no such table"):
+        put(journal, request(0))
+    with pytest.raises(JournalError, match="no such table"):
+        put(journal, request(1))
+    assert journal.failure is not None
+    journal.close()
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_log_does_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
+    """Every so often it is brought into the file, in the writer's thread, and begins anew."""
+    monkeypatch.setattr(writer, "CHECKPOINT", 200)
+    journal = Journal(tmp_path, at_once=at_once)
+    put(journal, lane())
+    for number in range(1000):
+        put(journal, request(number, size=2000))
+    log = tmp_path / "journal" / "journal.sqlite3-wal"
+    assert log.stat().st_size < 500 * 4096
+    journal.close()
+    assert reopened(tmp_path).lanes[0].next == 1000
 
 
 def contradictions() -> list[tuple[str, Any, str]]:

@@ -64,6 +64,7 @@ class LocalExecutor:
         invariant: see ``compute.stage.Device``.
         checkpoint_activations: see ``compute.stage.Device``.
         adapter_memory: see ``compute.stage.Device``.
+        spare_core: see ``compute.stage.Device``.
     """
 
     def __init__(
@@ -76,12 +77,14 @@ class LocalExecutor:
         invariant: bool = False,
         checkpoint_activations: bool = False,
         adapter_memory: int | None = None,
+        spare_core: bool = False,
     ) -> None:
         self._settings = (catalogue, device, dtype, max_tokens)
         self._options: dict[str, Any] = {
             "invariant": invariant,
             "checkpoint_activations": checkpoint_activations,
             "adapter_memory": adapter_memory,
+            "spare_core": spare_core,
         }
         self._first_tokens = DEFAULT_TOKENS if max_tokens is None else max_tokens
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()

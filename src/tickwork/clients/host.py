@@ -190,8 +190,12 @@ def make_engine(
     invariant: bool = False,
     checkpoint_activations: bool = False,
     adapter_memory: int | None = None,
+    spare_core: bool = False,
 ) -> Engine:
     """Build an engine with a local executor; arguments as for ``ServiceClient``.
+
+    Args:
+        spare_core: see ``compute.threads.Threads``.
 
     Raises:
         InvalidRequestError: a setting that is not offered, by name.
@@ -217,6 +221,7 @@ def make_engine(
         invariant=invariant,
         checkpoint_activations=checkpoint_activations,
         adapter_memory=adapter_memory,
+        spare_core=spare_core,
     )
     merge = merge and not invariant
     return Engine(executor, cycle_period=cycle_period, max_tokens_per_pass=max_tokens, merge=merge)

@@ -55,6 +55,7 @@ class BaseModel:
         self.context = int(getattr(config, "max_position_embeddings", None) or 2**31)
         self.stop_ids = _stop_ids(model)
         self.head = _head(model, config)
+        self.parameters = sum(each.numel() for each in model.parameters())
         expected = _plain_logits(model, self._probe())
         self.shapes = install(model, self._current)
         model.set_attn_implementation(register())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 
 import attrs
 import torch
@@ -21,6 +22,7 @@ from tickwork.compute.passes import run_pass
 from tickwork.compute.residency import Residency
 from tickwork.compute.sampler import Sampler
 from tickwork.compute.state import capture, restore
+from tickwork.compute.threads import Threads
 from tickwork.compute.weights import Shelf, TrainingModel, Weights
 from tickwork.engine.plan import Pass, Stage
 from tickwork.engine.request import Outcome, Request
@@ -48,6 +50,7 @@ class Device:
         invariant: see ``Bases``.
         checkpoint_activations: see ``BaseModel``.
         adapter_memory: see ``Residency``.
+        spare_core: see ``Threads``.
 
     Room: the device thread; ``max_tokens`` may be read by any.
     """
@@ -62,12 +65,14 @@ class Device:
         invariant: bool = False,
         checkpoint_activations: bool = False,
         adapter_memory: int | None = None,
+        spare_core: bool = False,
     ) -> None:
         self._store = Store(catalogue)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._invariant = invariant
         self._bases = Bases(self._device, dtype, max_tokens, invariant, checkpoint_activations)
         self._residency = Residency(adapter_memory, self._device)
+        self._threads = Threads(spare=spare_core)
         self._models: dict[str, TrainingModel] = {}
         self._weights: dict[str, Weights] = {}
         self._shelf = Shelf(self._bases.get, self._model, self._store, self._device)
@@ -134,6 +139,7 @@ class Device:
                 model.number = max(model.number, request.number)
 
     def _decode(self, seconds: float, nudged: Callable[[], bool]) -> list[Outcome]:
+        self._threads.fit(inf)
         busy = [sampler for sampler in self._samplers.values() if sampler.busy]
         return [outcome for sampler in busy for outcome in sampler.decode(seconds / len(busy), nudged)]
 
@@ -146,7 +152,9 @@ class Device:
         for progress in (progress for progress, _ in work if progress.error is None):
             self._hold(progress)
         for base in dict.fromkeys(progress.base for progress, _ in work):
-            run_pass(base, [(progress, piece) for progress, piece in work if progress.base is base])
+            part = [(progress, piece) for progress, piece in work if progress.base is base]
+            self._threads.fit(base.parameters * sum(piece.tokens for _, piece in part))
+            run_pass(base, part)
         for piece in item.pieces:
             if piece.last and (progress := self._progress.pop(piece.request)) is not None:
                 outcomes.append(_finish(progress, cycle))

@@ -155,6 +155,13 @@ class Portal:
         except trio.RunFinishedError:
             raise EngineStoppedError("the engine has stopped") from None
 
+    def post_here(self, request: Request) -> None:
+        """Post a request past the credits and past all that other threads have posted in this turn of the loop.
+
+        A closed engine fails it. Room: the engine's thread, for lanes that no other thread posts to.
+        """
+        self._queue.post(request)
+
     def drop(self, request: Request) -> None:
         """Post a clean-up past the credits; does nothing once the engine is gone. Safe in a finaliser."""
         with contextlib.suppress(EngineStoppedError):

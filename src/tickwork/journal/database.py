@@ -95,6 +95,7 @@ class Database(JournalFile):
             connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute(f"PRAGMA synchronous={'FULL' if durability == 'power' else 'NORMAL'}")
+        connection.execute("PRAGMA wal_autocheckpoint=0")  # a commit would wait for it; the writer sees to it
         connection.execute("PRAGMA journal_size_limit=16777216")
         connection.execute("PRAGMA secure_delete=FAST")
         if not tables:

@@ -14,7 +14,10 @@ from tickwork.server.promises import Promise
 
 
 class Door:
-    """Posts requests to the engine in the order they are given, and holds them back while it is full."""
+    """Posts requests to the engine in the order they are given, and holds them back while it is full.
+
+    Room: the engine's thread.
+    """
 
     def __init__(self, portal: Portal) -> None:
         self._portal = portal
@@ -30,11 +33,11 @@ class Door:
 
     def forget(self, request: Request) -> None:
         """Post a clean-up past all bounds."""
-        self._portal.drop(request)
+        self._portal.post_here(request)
 
     async def submit(self, request: Request) -> Future[object]:
         """Post a request that was promised to nobody, waiting for room."""
-        return await self._portal.submit_async(request)
+        return await self._portal.submit_async(request, self._portal.post_here)
 
     async def run(self) -> None:
         """Post what was held back, as the engine gets room."""
@@ -44,14 +47,14 @@ class Door:
             while self._waiting:
                 request, promise = self._waiting[0]
                 try:
-                    promise.follow(await self._portal.submit_async(request))
+                    promise.follow(await self.submit(request))
                 except TickworkError as error:
                     promise.fail(error)
                 self._waiting.popleft()
 
     def _posted(self, request: Request, promise: Promise) -> bool:
         try:
-            promise.follow(self._portal.submit(request))
+            promise.follow(self._portal.submit(request, self._portal.post_here))
         except QueueFullError:
             return False
         except TickworkError as error:

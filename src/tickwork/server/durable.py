@@ -15,10 +15,14 @@ from tickwork.futures import Inner, wait
 from tickwork.journal.codec import encode
 from tickwork.journal.journal import Journal
 from tickwork.journal.records import FetchedRecord, Record, RequestRecord, ResultRecord, TrimRecord
-from tickwork.server.body import off_loop
+from tickwork.server.body import SMALL, off_loop
 from tickwork.server.promises import Promise
 
 log = logging.getLogger("tickwork.server")
+
+Call = Callable[[], None]
+# Told what is wrong, or None.
+Then = Callable[[JournalError | None], None]
 
 
 class Durable:
@@ -97,16 +101,12 @@ class Durable:
         Raises:
             JournalError: it can not be written.
         """
-        await wait(future)
-        error = future.exception()
-        if error is None:
-            return
-        if not isinstance(error, JournalError):
-            error = JournalError(str(error))
-        if not self._survives(error):
-            raise error
+        if not future.done():
+            await wait(future)
+        if (refusal := self._refusal(future)) is not None:
+            raise refusal
 
-    def accept(self, promise: Promise, payload: Any, then: Callable[[], None], also: Sequence[Record] = ()) -> None:
+    def accept(self, promise: Promise, payload: Any, then: Call, also: Sequence[Record] = ()) -> None:
         """Write a request, then let it be answered and call ``then``, which finds its ``refusal`` if there is one.
 
         Args:
@@ -117,15 +117,33 @@ class Durable:
             promise.accepted.set()
             then()
             return
+        assert promise.place is not None
+        lane, number = promise.place
         promise.keep = self.keep
-        self.start(self._accept, promise, payload, then, also)
+
+        def make() -> list[Record]:
+            return [*also, RequestRecord(lane, number, promise.owner, promise.kind.text, encode(payload))]
+
+        def written(refusal: JournalError | None) -> None:
+            promise.refusal = refusal
+            promise.accepted.set()
+            then()
+
+        self._write(promise.bulk, make, written)
 
     def keep(self, promise: Promise, value: Any, error: BaseException | None) -> None:
         """Write what became of a request, then show it."""
+
+        def written(refusal: JournalError | None) -> None:
+            if refusal is None:
+                promise.settle(value, error)
+            else:
+                log.error("the result of %s can not be kept, so it is not shown: %s", promise.request_id, refusal)
+
         if not self.on:
             promise.settle(value, error)
         elif lasting(error):
-            self.start(self._keep, promise, value, error)
+            self._write(promise.bulk, lambda: [self._result(promise, value, error)], written)
 
     def fetched(self, promise: Promise) -> None:
         """Note that a result was handed over: it is written at the next ``flush``, since nobody waits for it."""
@@ -145,28 +163,53 @@ class Durable:
 
     async def result(self, promise: Promise, value: Any, error: BaseException | None) -> ResultRecord:
         """Return what is written of a result."""
-        assert promise.place is not None
-        body = await off_loop(promise.bulk, lambda: encode(value if error is None else error))
-        return ResultRecord(*promise.place, time.time(), body)
+        return await off_loop(promise.bulk, lambda: self._result(promise, value, error))
 
-    async def _accept(self, promise: Promise, payload: Any, then: Callable[[], None], also: Sequence[Record]) -> None:
+    @staticmethod
+    def _result(promise: Promise, value: Any, error: BaseException | None) -> ResultRecord:
         assert promise.place is not None
-        lane, number = promise.place
+        return ResultRecord(*promise.place, time.time(), encode(value if error is None else error))
+
+    def _write(self, bulk: int, make: Callable[[], list[Record]], then: Then) -> None:
+        """Write records, and call ``then`` with what is wrong once they are durable, or never will be.
+
+        What is small is encoded here, and mostly written at once: a task that waits would cost turns of the loop.
+
+        Args:
+            bulk: about how many bytes they have.
+        """
+        if bulk > SMALL:
+            self.start(self._write_beside, bulk, make, then)
+            return
         try:
-            body = await off_loop(promise.bulk, lambda: encode(payload))
-            await self.put(*also, RequestRecord(lane, number, promise.owner, promise.kind.text, body))
+            written = self._append(records := make())
+        except QueueFullError:
+            self.start(self._write_beside, 0, lambda: records, then)
         except JournalError as error:
-            promise.refusal = error
-        promise.accepted.set()
-        then()
-
-    async def _keep(self, promise: Promise, value: Any, error: BaseException | None) -> None:
-        try:
-            await self.put(await self.result(promise, value, error))
-        except JournalError as refusal:
-            log.error("the result of %s can not be kept, so it is not shown: %s", promise.request_id, refusal)
+            then(error)
         else:
-            promise.settle(value, error)
+            self._once(written, lambda: then(self._refusal(written)))
+
+    def _once(self, written: Inner[None], call: Call) -> None:
+        """Call from the Trio run as soon as something is settled, unless that run has ended."""
+        if written.done():
+            call()
+            return
+        token = trio.lowlevel.current_trio_token()
+
+        def wake(_: Inner[None]) -> None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(call)
+
+        written.add_done_callback(wake)
+
+    async def _write_beside(self, bulk: int, make: Callable[[], list[Record]], then: Then) -> None:
+        try:
+            await self.put(*await off_loop(bulk, make))
+        except JournalError as error:
+            then(error)
+        else:
+            then(None)
 
     def _append(self, records: Sequence[Record]) -> Inner[None]:
         assert self.journal is not None
@@ -185,6 +228,14 @@ class Durable:
             await self.put(*records)
         except JournalError as error:
             log.warning("not written: %s", error)
+
+    def _refusal(self, written: Inner[None]) -> JournalError | None:
+        """Return why what was appended is not durable, where that matters."""
+        error = written.exception()
+        if error is None:
+            return None
+        refusal = error if isinstance(error, JournalError) else JournalError(str(error))
+        return None if self._survives(refusal) else refusal
 
     def _survives(self, error: JournalError) -> bool:
         """Note it where nothing can be written any more; whether to go on without."""

@@ -10,8 +10,9 @@ import httptools
 import trio
 from starlette.types import ASGIApp, Message
 
-from tickwork.server.http_answer import Answer, head_of
+from tickwork.server.http_answer import WRITE_SECONDS, Answer, head_of
 from tickwork.server.http_parser import Incoming, Parser
+from tickwork.server.http_stream import Stream
 
 log = logging.getLogger("tickwork.server")
 
@@ -31,7 +32,7 @@ class Connection:
         stream: the connection; closed at the end.
     """
 
-    def __init__(self, app: ASGIApp, stream: trio.SocketStream) -> None:
+    def __init__(self, app: ASGIApp, stream: Stream) -> None:
         self._app, self._stream = app, stream
         self._parser = Parser()
         self._idle = trio.CancelScope()
@@ -76,9 +77,8 @@ class Connection:
         """Return the next request once its head is there; None at the end."""
         ready = self._parser.ready
         if not ready and not self._ending:
-            with trio.CancelScope() as self._idle:
-                self.idle_since = trio.current_time()
-                self._idle.deadline = self.idle_since + IDLE_SECONDS
+            self.idle_since = now = trio.current_time()
+            with trio.CancelScope(deadline=now + IDLE_SECONDS) as self._idle:
                 await self._read()
         self.idle_since = None
         if not ready and not await self._read_head():
@@ -99,7 +99,7 @@ class Connection:
     async def _read(self) -> bool:
         data = await self._stream.receive_some(MOST_READ)
         if data:
-            self._parser.feed(bytes(data))
+            self._parser.feed(data)
         return bool(data)
 
     async def _answer(self, incoming: Incoming) -> bool:
@@ -138,7 +138,7 @@ class Connection:
             return {"type": "http.disconnect"}
         if incoming.awaited and not incoming.complete and not incoming.parts and not answer.begun:
             incoming.awaited = False
-            await self._stream.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+            await self._stream.send_all(b"HTTP/1.1 100 Continue\r\n\r\n", WRITE_SECONDS)
         while not incoming.parts and not incoming.complete:
             if not await self._read_on():
                 return {"type": "http.disconnect"}
@@ -158,13 +158,13 @@ class Connection:
     async def _refuse(self, status: int, detail: str, *more: tuple[bytes, bytes]) -> None:
         body = b'{"detail":"%b"}' % detail.replace('"', "'").encode("ascii", "replace")
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *more]
-        await self._stream.send_all(head_of(status, headers, keep=False) + body)
+        await self._stream.send_all(head_of(status, headers, keep=False) + body, WRITE_SECONDS)
 
     async def _linger(self) -> None:
         """Say that this was all and take in what still comes: a client that is sending would not see its answer."""
         left = MOST_LEFT
         with trio.move_on_after(LINGER_SECONDS):
-            await self._stream.send_eof()
+            self._stream.send_eof()
             while left > 0 and (data := await self._stream.receive_some(MOST_READ)):
                 left -= len(data)
 
@@ -198,7 +198,7 @@ async def serve_http(
     living: set[Connection] = set()
 
     async def connected(stream: trio.SocketStream) -> None:
-        connection = Connection(app, stream)
+        connection = Connection(app, Stream(stream))
         if len(living) >= most and not _made_room(living):
             await connection.turn_away()
             return

@@ -12,6 +12,7 @@ import trio
 from starlette.types import Message
 
 from tickwork.server.http_parser import Incoming
+from tickwork.server.http_stream import Stream
 
 # Bytes written at once, and seconds for the client to take them.
 MOST_WRITTEN, WRITE_SECONDS = 2**20, 60.0
@@ -21,7 +22,7 @@ NO_BODY = (204, 304)
 class Answer:
     """What the application sends, written as HTTP: head and body in one write wherever both are there."""
 
-    def __init__(self, stream: trio.SocketStream, incoming: Incoming, may_keep: Any) -> None:
+    def __init__(self, stream: Stream, incoming: Incoming, may_keep: Any) -> None:
         self._stream, self._incoming, self._may_keep = stream, incoming, may_keep
         self._start: Message = {}
         self._chunked = False
@@ -74,11 +75,10 @@ def head_of(status: int, headers: Iterable[tuple[bytes, bytes]], *, keep: bool) 
     return b"\r\n".join([*lines, b"", b""])
 
 
-async def _write(stream: trio.SocketStream, data: bytes) -> None:
+async def _write(stream: Stream, data: bytes) -> None:
     """Write in parts, each of which the client must take in time."""
     for start in range(0, len(data), MOST_WRITTEN):
-        with trio.fail_after(WRITE_SECONDS):
-            await stream.send_all(memoryview(data)[start : start + MOST_WRITTEN])
+        await stream.send_all(memoryview(data)[start : start + MOST_WRITTEN], WRITE_SECONDS)
 
 
 @lru_cache

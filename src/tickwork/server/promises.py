@@ -101,7 +101,8 @@ class Promise:
         Raises:
             JournalError: it is not, and never will be.
         """
-        await self.accepted.wait()
+        if not self.accepted.is_set():
+            await self.accepted.wait()
         if self.refusal is not None:
             raise self.refusal
 

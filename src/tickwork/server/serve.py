@@ -75,7 +75,7 @@ def open_journal(settings: Settings) -> Journal | None:
     if settings.store is None or settings.journal is None:
         return None
     try:
-        return Journal(settings.store, durability=settings.journal)
+        return Journal(settings.store, durability=settings.journal, at_once=settings.journal == "process")
     except JournalError as error:
         if not (settings.journal_optional and isinstance(error.__cause__, OSError | sqlite3.OperationalError)):
             raise
@@ -94,6 +94,7 @@ def _engine(catalogue: Catalogue, settings: Settings) -> Engine:
         invariant=settings.invariant,
         checkpoint_activations=settings.checkpoint_activations,
         adapter_memory=settings.adapter_memory,
+        spare_core=True,
     )
 
 
