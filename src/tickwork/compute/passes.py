@@ -18,10 +18,19 @@ from tickwork.compute.model import BaseModel
 from tickwork.compute.parts import Part, Progress, parts_of
 from tickwork.compute.rows import Row, pack
 from tickwork.compute.stacks import Stack
+from tickwork.compute.threads import Threads
 from tickwork.engine.plan import Phase, Piece
 from tickwork.errors import CapacityError
 
 Work = Sequence[tuple[Progress, Piece]]
+
+
+def run_together(work: Work, threads: Threads) -> None:
+    """Run pieces of different requests, those of one base in one pass, with as many threads as that is worth."""
+    for base in dict.fromkeys(progress.base for progress, _ in work):
+        part = [(progress, piece) for progress, piece in work if progress.base is base]
+        threads.fit(base.parameters * sum(piece.tokens for _, piece in part))
+        run_pass(base, part)
 
 
 def run_pass(base: BaseModel, work: Work) -> None:

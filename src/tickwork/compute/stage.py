@@ -18,7 +18,7 @@ from tickwork.compute.lora import Adapter
 from tickwork.compute.losses import check
 from tickwork.compute.optimizer import step_together
 from tickwork.compute.parts import Progress
-from tickwork.compute.passes import run_pass
+from tickwork.compute.passes import run_together
 from tickwork.compute.residency import Residency
 from tickwork.compute.sampler import Sampler
 from tickwork.compute.state import capture, restore
@@ -151,10 +151,7 @@ class Device:
         work = [(progress, piece) for piece in item.pieces if (progress := self._progress[piece.request]) is not None]
         for progress in (progress for progress, _ in work if progress.error is None):
             self._hold(progress)
-        for base in dict.fromkeys(progress.base for progress, _ in work):
-            part = [(progress, piece) for progress, piece in work if progress.base is base]
-            self._threads.fit(base.parameters * sum(piece.tokens for _, piece in part))
-            run_pass(base, part)
+        run_together(work, self._threads)
         for piece in item.pieces:
             if piece.last and (progress := self._progress.pop(piece.request)) is not None:
                 outcomes.append(_finish(progress, cycle))
