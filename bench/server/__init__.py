@@ -54,19 +54,21 @@ def _ours(rounds: int) -> list[Row]:
                 "no journal": (other, KEY, MODEL),
                 "stub": (floor, KEY, "stub"),
                 "in process": ("in-process", model),
+                "in process, journal": ("in-process", model, f"{folder}/own"),
             }
             found = _in_turns(ways, rounds)
             busy = idle.share_of_a_core(pid, url, KEY, MODEL)
-    ours, light, stub, inside = (found[way] for way in ways)
-    bound = inside[PIPELINED] + 2 * stub[PIPELINED]
-    without = f"{WORKLOAD}, no journal"
+    ours, light, stub, inside, kept = (found[way] for way in ways)
+    bound, bound_kept = (each[PIPELINED] + 2 * stub[PIPELINED] for each in (inside, kept))
+    without, both = f"{WORKLOAD}, no journal", f"{WORKLOAD}, journal on both sides"
     return [
         _row(OPTIM_STEP, "one after the other", ours[OPTIM_STEP], "stub", stub[OPTIM_STEP], "<= 2"),
         _row(SAMPLING, "1 token each, all at once", ours[SAMPLING], "stub", stub[SAMPLING], "<= 1.5"),
         _row("body decoded, ms", f"{decode.ROWS} x {decode.LENGTH} tokens", decode.median_ms(), "wanted", 50.0, "<= 1"),
         _row("share of a core", f"{idle.CLIENTS} idle clients with open polls", busy, "wanted", 0.02, "<= 1"),
-        # The engine in process keeps no journal either.
+        # By default the server keeps a journal, and the engine in process keeps none.
         _row(PIPELINED, without, light[PIPELINED], "in process + 2 x stub", bound, "<= 1"),
+        _row(PIPELINED, both, ours[PIPELINED], "in process + 2 x stub", bound_kept, "<= 1"),
         _row(PIPELINED, WORKLOAD, ours[PIPELINED], "in process + 2 x stub", bound, "<= 1"),
         *(_row(name, WORKLOAD, ours[name], "stub", stub[name]) for name in ours),
         *(_row(name, WORKLOAD, ours[name], "in process", inside[name]) for name in ours),

@@ -1,7 +1,8 @@
 """What a server's answers take, through the official SDK: run in a process of its own, prints JSON.
 
 ``python client.py BASE_URL API_KEY MODEL`` needs ``tinker`` alone, of any generation that the server understands;
-``python client.py in-process MODEL`` measures the same calls of ``import tickwork as tinker``.
+``python client.py in-process MODEL [STORE]`` measures the same calls of ``import tickwork as tinker``, with a journal if
+there is a store.
 """
 
 from __future__ import annotations
@@ -136,7 +137,9 @@ def main(where: str, *rest: str) -> None:
     warnings.simplefilter("ignore")
     if where == "in-process":
         tinker = importlib.import_module("tickwork")
-        bench = Bench(tinker.types, tinker.ServiceClient(device="cpu", dtype="float32"), *rest)
+        model, *store = rest
+        kept = {"store": store[0], "journal": "process"} if store else {}
+        bench = Bench(tinker.types, tinker.ServiceClient(device="cpu", dtype="float32", **kept), model)
     else:
         tinker = importlib.import_module("tinker")
         key, model = rest
