@@ -58,8 +58,8 @@ def _ours(rounds: int) -> list[Row]:
             }
             found = _in_turns(ways, rounds)
             busy = idle.share_of_a_core(pid, url, KEY, MODEL)
-    ours, light, stub, inside, kept = (found[way] for way in ways)
-    bound, bound_kept = (each[PIPELINED] + 2 * stub[PIPELINED] for each in (inside, kept))
+    ours, light, stub, inside, keeping = (found[way] for way in ways)
+    bound, bound_kept = (each[PIPELINED] + 2 * stub[PIPELINED] for each in (inside, keeping))
     without, both = f"{WORKLOAD}, no journal", f"{WORKLOAD}, journal on both sides"
     return [
         _row(OPTIM_STEP, "one after the other", ours[OPTIM_STEP], "stub", stub[OPTIM_STEP], "<= 2"),

@@ -1,8 +1,8 @@
 """What a server's answers take, through the official SDK: run in a process of its own, prints JSON.
 
 ``python client.py BASE_URL API_KEY MODEL`` needs ``tinker`` alone, of any generation that the server understands;
-``python client.py in-process MODEL [STORE]`` measures the same calls of ``import tickwork as tinker``, with a journal if
-there is a store.
+``python client.py in-process MODEL [STORE]`` measures the same calls of ``import tickwork as tinker``, with a journal
+where there is a store.
 """
 
 from __future__ import annotations
