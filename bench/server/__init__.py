@@ -60,7 +60,9 @@ def _ours(rounds: int) -> list[Row]:
             busy = idle.share_of_a_core(pid, url, KEY, MODEL)
     ours, light, stub, inside, keeping = (found[way] for way in ways)
     bound, bound_kept = (each[PIPELINED] + 2 * stub[PIPELINED] for each in (inside, keeping))
-    without, both = f"{WORKLOAD}, no journal", f"{WORKLOAD}, journal on both sides"
+    without, both, alone = (
+        f"{WORKLOAD}, {how}" for how in ("no journal", "journal on both sides", "journal here alone")
+    )
     return [
         _row(OPTIM_STEP, "one after the other", ours[OPTIM_STEP], "stub", stub[OPTIM_STEP], "<= 2"),
         _row(SAMPLING, "1 token each, all at once", ours[SAMPLING], "stub", stub[SAMPLING], "<= 1.5"),
@@ -69,7 +71,7 @@ def _ours(rounds: int) -> list[Row]:
         # By default the server keeps a journal, and the engine in process keeps none.
         _row(PIPELINED, without, light[PIPELINED], "in process + 2 x stub", bound, "<= 1"),
         _row(PIPELINED, both, ours[PIPELINED], "in process + 2 x stub", bound_kept, "<= 1"),
-        _row(PIPELINED, WORKLOAD, ours[PIPELINED], "in process + 2 x stub", bound, "<= 1"),
+        _row(PIPELINED, alone, ours[PIPELINED], "in process + 2 x stub", bound, "<= 1"),
         *(_row(name, WORKLOAD, ours[name], "stub", stub[name]) for name in ours),
         *(_row(name, WORKLOAD, ours[name], "in process", inside[name]) for name in ours),
         *(_row(name, WORKLOAD, ours[name], "no journal", light[name]) for name in ours),
