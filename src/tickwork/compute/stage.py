@@ -72,7 +72,7 @@ class Device:
         self._invariant = invariant
         self._bases = Bases(self._device, dtype, max_tokens, invariant, checkpoint_activations)
         self._residency = Residency(adapter_memory, self._device)
-        self._threads = Threads(spare=spare_core)
+        self._threads = Threads(spare=spare_core and self._device.type == "cpu")
         self._models: dict[str, TrainingModel] = {}
         self._weights: dict[str, Weights] = {}
         self._shelf = Shelf(self._bases.get, self._model, self._store, self._device)
@@ -123,6 +123,7 @@ class Device:
         for item in stage.passes:
             outcomes += self._run_pass(item, cycle)
         self._count(outcomes)
+        self._threads.fit(inf)  # whatever ran before: sums round otherwise with other threads
         outcomes += self._run_steps(stage.steps)
         self._count(outcomes)
         if stage.decode:
@@ -139,7 +140,6 @@ class Device:
                 model.number = max(model.number, request.number)
 
     def _decode(self, seconds: float, nudged: Callable[[], bool]) -> list[Outcome]:
-        self._threads.fit(inf)
         busy = [sampler for sampler in self._samplers.values() if sampler.busy]
         return [outcome for sampler in busy for outcome in sampler.decode(seconds / len(busy), nudged)]
 

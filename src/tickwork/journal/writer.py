@@ -178,7 +178,7 @@ class Writer:
         """Bring the log into the file, now and then; it is as durable before, so that this fails is no matter."""
         if self._pages >= CHECKPOINT:
             self._pages = 0
-            with contextlib.suppress(sqlite3.OperationalError):
+            with contextlib.suppress(sqlite3.Error):  # what is damaged is told by the next write
                 self._database.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def _write(self, posts: list[_Post]) -> list[tuple[_Post, JournalError | None]]:
