@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from models import Bench, data_of, step, train
 from tickwork.compute import passes, stage, threads
+from tickwork.compute.model import BaseModel
 from tickwork.compute.threads import LITTLE, Threads
 from tickwork.requests import OptimStep
 from tickwork.types import AdamParams
@@ -25,50 +27,74 @@ def four() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("cores", "spare", "few"), [(4, True, 3), (2, True, 3), (8, True, 4), (4, False, 4)])
-def test_a_small_pass_leaves_a_core_where_torch_has_them_all(
+def test_the_layers_of_a_small_pass_leave_a_core_where_torch_has_them_all(
     monkeypatch: pytest.MonkeyPatch, cores: int, spare: bool, few: int
 ) -> None:
     """A large one takes what torch has; where torch has fewer than there are, as users may say, that is kept to."""
     monkeypatch.setattr(threads, "_cores", lambda: cores)
-    found = Threads(spare=spare)
+    found = Threads(spare=spare, alone=lambda: False)
     got = []
     for work in (LITTLE - 1, LITTLE, 0, float("inf")):
-        found.fit(work)
+        found.layers(work)
         got.append(torch.get_num_threads())
     assert got == [few, 4, few, 4]
+
+
+@pytest.mark.parametrize(("alone", "head"), [(True, 4), (False, 3)])
+def test_the_head_of_who_is_alone_has_all_threads(monkeypatch: pytest.MonkeyPatch, alone: bool, head: int) -> None:
+    monkeypatch.setattr(threads, "_cores", lambda: 4)
+    found = Threads(spare=True, alone=lambda: alone)
+    got = []
+    for act in (lambda: found.layers(0), found.head, found.steps):
+        act()
+        got.append(torch.get_num_threads())
+    assert got == [3, head, 4]
 
 
 def test_one_thread_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(threads, "_cores", lambda: 1)
-    Threads(spare=True).fit(0)
+    Threads(spare=True, alone=lambda: True).layers(0)
     assert torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize(("little", "few"), [(2e8, 3), (0.0, 4)])
-def test_steps_and_samples_have_the_same_threads_whatever_pass_ran_before(
-    monkeypatch: pytest.MonkeyPatch, little: float, few: int
+@pytest.mark.parametrize(
+    ("little", "models", "invariant", "layers", "head"),
+    [
+        (2e8, ["m"], False, 3, 4),
+        (2e8, ["m", "idle"], False, 3, 3),
+        (2e8, ["m"], True, 3, 3),
+        (0.0, ["m"], False, 4, 4),
+    ],
+)
+def test_each_part_of_a_stage_has_its_threads(
+    monkeypatch: pytest.MonkeyPatch, little: float, models: list[str], invariant: bool, layers: int, head: int
 ) -> None:
-    """A norm summed by other threads is rounded otherwise, and nothing of another client's pass may show."""
-    got: list[tuple[str, int]] = []
+    """Steps have the same ones whatever ran before: a norm summed by others is rounded otherwise.
+
+    And under ``invariant`` nobody notices whether there are others.
+    """
+    got: dict[str, set[int]] = defaultdict(set)
 
     def noting(what: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*args: Any) -> Any:
-            got.append((what, torch.get_num_threads()))
+            got[what].add(torch.get_num_threads())
             return call(*args)
 
         return noted
 
     monkeypatch.setattr(threads, "_cores", lambda: 4)
     monkeypatch.setattr(threads, "LITTLE", little)
-    monkeypatch.setattr(passes, "run_pass", noting("pass", passes.run_pass))
+    monkeypatch.setattr(BaseModel, "hidden", noting("layers", BaseModel.hidden))
+    monkeypatch.setattr(passes, "evaluate", noting("head", passes.evaluate))
+    monkeypatch.setattr(passes, "_accumulate", noting("backward", passes._accumulate))
     monkeypatch.setattr(stage, "step_together", noting("step", stage.step_together))
-    bench = Bench(spare_core=True)
-    bench.create("m")
+    bench = Bench(spare_core=True, invariant=invariant)
+    for model_id in models:
+        bench.create(model_id)
     got.clear()
-    ask = step(OptimStep("m", AdamParams(learning_rate=1e-3)), "m")
-    for outcome in bench.run(train("m", data_of((5, 3))), ask):
-        assert outcome.error is None
-    assert [each for each in got if each[0] == "pass"] == [("pass", few)]
-    assert ("step", 4) in got
-    assert ("step", 3) not in got
+    for _ in range(2):
+        ask = step(OptimStep("m", AdamParams(learning_rate=1e-3)), "m")
+        for outcome in bench.run(train("m", data_of((5, 3))), ask):
+            assert outcome.error is None
+    assert got == {"layers": {layers}, "head": {head}, "backward": {head}, "step": {4}}

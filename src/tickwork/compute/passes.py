@@ -28,18 +28,16 @@ Work = Sequence[tuple[Progress, Piece]]
 def run_together(work: Work, threads: Threads) -> None:
     """Run pieces of different requests, those of one base in one pass, with as many threads as that is worth."""
     for base in dict.fromkeys(progress.base for progress, _ in work):
-        part = [(progress, piece) for progress, piece in work if progress.base is base]
-        threads.fit(base.parameters * sum(piece.tokens for _, piece in part))
-        run_pass(base, part)
+        run_pass(base, [(progress, piece) for progress, piece in work if progress.base is base], threads)
 
 
-def run_pass(base: BaseModel, work: Work) -> None:
+def run_pass(base: BaseModel, work: Work, threads: Threads) -> None:
     """Run pieces of different requests of one base together; a pass too large for memory is run in halves."""
     work = [(progress, piece) for progress, piece in work if progress.error is None]
     if not work:
         return
     try:
-        _run(base, work)
+        _run(base, work, threads)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -54,10 +52,11 @@ def run_pass(base: BaseModel, work: Work) -> None:
     if base.device.type == "cuda":
         torch.cuda.empty_cache()
     for half in halves:
-        run_pass(base, half)
+        run_pass(base, half, threads)
 
 
-def _run(base: BaseModel, work: Work) -> None:
+def _run(base: BaseModel, work: Work, threads: Threads) -> None:
+    threads.layers(base.parameters * sum(piece.tokens for _, piece in work))
     rows = [
         Row(np.asarray(datum.model_input.to_ints(), dtype=np.int64), progress.model.adapter)
         for progress, piece in work
@@ -68,6 +67,7 @@ def _run(base: BaseModel, work: Work) -> None:
     parts = parts_of(work, packed.spans, base.device)
     with torch.set_grad_enabled(gradient):
         hidden = base.hidden(packed)
+    threads.head()
     evaluate(parts, hidden.detach())
     _accumulate(hidden, packed.stacks, [part for part in parts if part.hidden is not None])
     for part in parts:  # only now: what ran out of memory on the way here is run again

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf
 
 import attrs
 import torch
@@ -72,8 +71,10 @@ class Device:
         self._invariant = invariant
         self._bases = Bases(self._device, dtype, max_tokens, invariant, checkpoint_activations)
         self._residency = Residency(adapter_memory, self._device)
-        self._threads = Threads(spare=spare_core and self._device.type == "cpu")
         self._models: dict[str, TrainingModel] = {}
+        # Under ``invariant`` nobody may notice that others come and go.
+        alone = (lambda: False) if invariant else (lambda: len(self._models) == 1)
+        self._threads = Threads(spare=spare_core and self._device.type == "cpu", alone=alone)
         self._weights: dict[str, Weights] = {}
         self._shelf = Shelf(self._bases.get, self._model, self._store, self._device)
         self._samplers: dict[str, Sampler] = {}
@@ -123,7 +124,7 @@ class Device:
         for item in stage.passes:
             outcomes += self._run_pass(item, cycle)
         self._count(outcomes)
-        self._threads.fit(inf)  # whatever ran before: sums round otherwise with other threads
+        self._threads.steps()
         outcomes += self._run_steps(stage.steps)
         self._count(outcomes)
         if stage.decode:

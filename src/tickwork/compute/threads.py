@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -14,27 +15,43 @@ class Threads:
     """Leaves one core free during small passes, where torch would take all there are.
 
     A pass of many short parallel regions stands still in each until its slowest thread is through. Where that one has
-    to share its core with clients and their server, the pass takes up to twice as long, and they wait as well.
+    to share its core with clients and their server, the pass takes up to twice as long, and they wait as well. A client
+    alone has sent the rest of its step by the time the layers are through, and waits from there on.
 
     Args:
         spare: whether to; without, nothing is changed.
+        alone: asked at each pass whether there is but one model. Nothing of who runs when goes in here, since sums that
+            other threads make round otherwise: brought back after a crash, a model goes through the same again.
 
     Room: the device thread; torch sets the number for the thread that asks.
     """
 
-    def __init__(self, *, spare: bool) -> None:
+    def __init__(self, *, spare: bool, alone: Callable[[], bool]) -> None:
         self._all = torch.get_num_threads()
         self._few = max(1, self._all - 1) if spare and self._all >= _cores() else self._all
+        self._alone = alone
 
-    def fit(self, work: float) -> None:
-        """Set the number for what follows.
+    def layers(self, work: float) -> None:
+        """Set the number for the layers of a pass.
 
         Args:
             work: tokens times parameters.
         """
-        wanted = self._few if work < LITTLE else self._all
-        if wanted != torch.get_num_threads():
-            torch.set_num_threads(wanted)
+        _set(self._few if work < LITTLE else self._all)
+
+    def head(self) -> None:
+        """Set the number for the head of that pass, and its way back through the layers."""
+        if self._alone():
+            _set(self._all)
+
+    def steps(self) -> None:
+        """Set the number for optimizer steps and samples: whatever ran before, their sums round alike."""
+        _set(self._all)
+
+
+def _set(number: int) -> None:
+    if number != torch.get_num_threads():
+        torch.set_num_threads(number)
 
 
 def _cores() -> int:

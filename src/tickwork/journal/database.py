@@ -9,6 +9,7 @@ from typing import Literal
 from tickwork.files import sync, write_json
 from tickwork.journal.file import FORMAT, JournalFile
 from tickwork.journal.lock import Lock
+from tickwork.journal.seals import seal
 
 NAMED = ("sessions", "lanes", "samplers", "losses")
 # "process": what was acknowledged outlives the process. "power": the machine too, at one sync for each group.
@@ -98,6 +99,7 @@ class Database(JournalFile):
         connection.execute("PRAGMA wal_autocheckpoint=0")  # a commit would wait for it; the writer sees to it
         connection.execute("PRAGMA journal_size_limit=16777216")
         connection.execute("PRAGMA secure_delete=FAST")
+        connection.create_function("seal", -1, seal, deterministic=True)
         if not tables:
             for line in ("BEGIN IMMEDIATE", *_SCHEMA, "COMMIT"):
                 connection.execute(line)

@@ -113,15 +113,15 @@ def _request(db: Connection, row: RequestRecord) -> None:
 
 
 def _result(db: Connection, row: ResultRecord) -> None:
-    key = (row.lane, row.number)
-    found = db.execute("SELECT owner, kind FROM requests WHERE lane = ? AND number = ?", key).fetchone()
-    if found is None:
+    key, settled = (row.lane, row.number), float(row.settled)
+    whole = "lane, number, owner, kind"
+    insert = f"INSERT INTO results SELECT {whole}, ?, NULL, ?, seal('results', {whole}, ?, ?) FROM requests"
+    values = (settled, row.body, settled, row.body, *key)
+    if not db.execute(f"{insert} WHERE lane = ? AND number = ? {_ONCE}", values).rowcount:
+        if db.execute("SELECT 1 FROM requests WHERE lane = ? AND number = ?", key).fetchone() is not None:
+            raise _twice(*key, "settled")
         message = f"request {row.number} of lane {row.lane!r} is not in the journal, so it can have no result"
         raise JournalError(message, lane=row.lane, number=row.number)
-    cells = (*key, *found, float(row.settled))
-    values = (*cells, row.body, seal("results", *cells, row.body))
-    if not db.execute(f"INSERT INTO results VALUES (?, ?, ?, ?, ?, NULL, ?, ?) {_ONCE}", values).rowcount:
-        raise _twice(row.lane, row.number, "settled")
     if row.gradients is not None:
         db.execute(
             "INSERT INTO gradients VALUES (?, ?, ?, ?)", (*key, row.gradients, seal("gradients", *key, row.gradients))
