@@ -32,29 +32,38 @@ def test_the_layers_of_a_small_pass_leave_a_core_where_torch_has_them_all(
 ) -> None:
     """A large one takes what torch has; where torch has fewer than there are, as users may say, that is kept to."""
     monkeypatch.setattr(threads, "_cores", lambda: cores)
-    found = Threads(spare=spare, alone=lambda: False)
+    found = Threads(spare=spare)
     got = []
     for work in (LITTLE - 1, LITTLE, 0, float("inf")):
-        found.layers(work)
+        found.layers(work, {"m"})
         got.append(torch.get_num_threads())
     assert got == [few, 4, few, 4]
 
 
-@pytest.mark.parametrize(("alone", "head"), [(True, 4), (False, 3)])
-def test_the_head_of_who_is_alone_has_all_threads(monkeypatch: pytest.MonkeyPatch, alone: bool, head: int) -> None:
+def test_who_also_had_the_pass_before_has_all_threads_from_the_head_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So has who is the first after a model was created: brought back by itself, that one must go the same way."""
     monkeypatch.setattr(threads, "_cores", lambda: 4)
-    found = Threads(spare=True, alone=lambda: alone)
-    got = []
-    for act in (lambda: found.layers(0), found.head, found.steps):
-        act()
-        got.append(torch.get_num_threads())
-    assert got == [3, head, 4]
+    found, strict = Threads(spare=True), Threads(spare=True, invariant=True)
+
+    def head(models: set[str], which: Threads) -> int:
+        which.layers(0, models)
+        assert torch.get_num_threads() == 3
+        which.head()
+        return torch.get_num_threads()
+
+    turns = [{"a"}, {"a"}, {"b"}, {"a", "b"}, {"a", "b"}, {"a"}, {"a"}]
+    assert [head(each, found) for each in turns] == [4, 4, 3, 3, 3, 3, 4]
+    found.created()
+    assert [head(each, found) for each in ({"c"}, {"c"}, {"a"})] == [4, 4, 3]
+    assert [head({"a"}, strict) for _ in range(3)] == [3, 3, 3]
+    found.steps()
+    assert torch.get_num_threads() == 4
 
 
 def test_one_thread_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(threads, "_cores", lambda: 1)
-    Threads(spare=True, alone=lambda: True).layers(0)
+    Threads(spare=True).layers(0, {"m"})
     assert torch.get_num_threads() == 1
 
 
@@ -62,7 +71,7 @@ def test_one_thread_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ("little", "models", "invariant", "layers", "head"),
     [
         (2e8, ["m"], False, 3, 4),
-        (2e8, ["m", "idle"], False, 3, 3),
+        (2e8, ["m", "idle"], False, 3, 4),
         (2e8, ["m"], True, 3, 3),
         (0.0, ["m"], False, 4, 4),
     ],

@@ -65,7 +65,7 @@ class TensorData:
             raise InvalidRequestError(f"dtype {dtype!r} is not one of 'float32', 'int64'", field="dtype")
         values = _cast(np.asarray(data), dtype)
         values.setflags(write=False)
-        dims = tuple(int(n) for n in shape) if shape is not None else (values.size,)
+        dims = tuple(map(int, shape)) if shape is not None else (values.size,)
         crow = None if sparse_crow_indices is None else tuple(int(i) for i in sparse_crow_indices)
         col = None if sparse_col_indices is None else tuple(int(i) for i in sparse_col_indices)
         _check_layout(values, dims, crow, col)
@@ -133,6 +133,8 @@ class TensorData:
 
 def _cast(given: np.ndarray, dtype: TensorDtype) -> np.ndarray:
     """Copy as a flat array of ``dtype``; what it can not hold is refused, not wrapped around or made infinite."""
+    if given.dtype == dtype:
+        return np.array(given).reshape(-1)
     good = given.size == 0 or given.dtype.kind in "fiu"
     if good and dtype == "int64" and given.dtype.kind != "i":
         good = bool(np.all((given == np.floor(given)) & (given >= -(2.0**63)) & (given < 2.0**63)))

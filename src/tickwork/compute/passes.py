@@ -56,7 +56,8 @@ def run_pass(base: BaseModel, work: Work, threads: Threads) -> None:
 
 
 def _run(base: BaseModel, work: Work, threads: Threads) -> None:
-    threads.layers(base.parameters * sum(piece.tokens for _, piece in work))
+    tokens = sum(piece.tokens for _, piece in work)
+    threads.layers(base.parameters * tokens, {progress.payload.model_id for progress, _ in work})
     rows = [
         Row(np.asarray(datum.model_input.to_ints(), dtype=np.int64), progress.model.adapter)
         for progress, piece in work

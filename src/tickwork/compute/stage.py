@@ -72,9 +72,7 @@ class Device:
         self._bases = Bases(self._device, dtype, max_tokens, invariant, checkpoint_activations)
         self._residency = Residency(adapter_memory, self._device)
         self._models: dict[str, TrainingModel] = {}
-        # Under ``invariant`` nobody may notice that others come and go.
-        alone = (lambda: False) if invariant else (lambda: len(self._models) == 1)
-        self._threads = Threads(spare=spare_core and self._device.type == "cpu", alone=alone)
+        self._threads = Threads(spare=spare_core and self._device.type == "cpu", invariant=invariant)
         self._weights: dict[str, Weights] = {}
         self._shelf = Shelf(self._bases.get, self._model, self._store, self._device)
         self._samplers: dict[str, Sampler] = {}
@@ -217,6 +215,7 @@ class Device:
             self._lost[ask.model_id] = failure(error)
             raise
         self._residency.use(model.state)
+        self._threads.created()
         return model.base.info(ask.model_id, model.state.adapter)
 
     def _save(self, ask: Save) -> SaveWeightsResponse | SaveWeightsExternalResponse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Set
 
 import torch
 
@@ -20,28 +20,37 @@ class Threads:
 
     Args:
         spare: whether to; without, nothing is changed.
-        alone: asked at each pass whether there is but one model. Nothing of who runs when goes in here, since sums that
-            other threads make round otherwise: brought back after a crash, a model goes through the same again.
+        invariant: whether nobody may notice that others come and go: sums that other threads make round otherwise, so
+            everyone is then taken for one of several.
 
     Room: the device thread; torch sets the number for the thread that asks.
     """
 
-    def __init__(self, *, spare: bool, alone: Callable[[], bool]) -> None:
+    def __init__(self, *, spare: bool, invariant: bool = False) -> None:
         self._all = torch.get_num_threads()
         self._few = max(1, self._all - 1) if spare and self._all >= _cores() else self._all
-        self._alone = alone
+        self._invariant = invariant
+        self._last: Set[str] = frozenset()
+        self._alone = False
 
-    def layers(self, work: float) -> None:
+    def created(self) -> None:
+        """Take the next model for alone, whoever was there before: brought back by itself, it must go the same way."""
+        self._last = frozenset()
+
+    def layers(self, work: float, models: Set[str]) -> None:
         """Set the number for the layers of a pass.
 
         Args:
             work: tokens times parameters.
+            models: whose tokens they are. Whoever also had the pass before is alone.
         """
+        self._alone = not self._invariant and len(models) == 1 and self._last in (models, frozenset())
+        self._last = models
         _set(self._few if work < LITTLE else self._all)
 
     def head(self) -> None:
         """Set the number for the head of that pass, and its way back through the layers."""
-        if self._alone():
+        if self._alone:
             _set(self._all)
 
     def steps(self) -> None:

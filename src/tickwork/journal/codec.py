@@ -27,6 +27,7 @@ from tickwork.journal.values import BY_CLASS, BY_NAME, ERROR_NAMES, ERRORS
 
 MAGIC, FORMAT = b"TKWJ", 1
 _HEAD = struct.Struct("<4sHI")
+_as_text = json.JSONEncoder(separators=(",", ":")).encode
 _BAD = (ValueError, TypeError, KeyError, OverflowError, AttributeError, RecursionError, struct.error)
 
 
@@ -43,7 +44,7 @@ def encode(value: object) -> bytes:
     """
     numbers = Numbers()
     try:
-        tree = json.dumps(_pack(value, numbers), separators=(",", ":")).encode("ascii")
+        tree = _as_text(_pack(value, numbers)).encode("ascii")
     except _BAD as error:
         raise JournalError(f"{type(value).__name__} can not be stored: {error!r:.200}") from error
     return b"".join([_HEAD.pack(MAGIC, FORMAT, len(tree)), tree, *numbers.parts])

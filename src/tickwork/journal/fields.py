@@ -30,10 +30,15 @@ def check_fields(cls: type, values: Mapping[str, Any]) -> None:
     Raises:
         JournalError: naming the class and the field.
     """
-    for name, hint in fields(cls).items():
-        if not _checker(hint)(values[name]):
+    for name, (hint, check) in _checks(cls).items():
+        if not check(values[name]):
             what = f"{cls.__name__}.{name} holds {values[name]!r:.100}, which is no {getattr(hint, '__name__', hint)}"
             raise JournalError(f"{what}: it can be neither stored nor read")
+
+
+@functools.cache
+def _checks(cls: type) -> dict[str, tuple[Any, Check]]:
+    return {name: (hint, _checker(hint)) for name, hint in fields(cls).items()}
 
 
 @functools.cache

@@ -10,15 +10,15 @@ from tickwork.errors import JournalError
 
 Cell = str | int | float | bytes | None
 
+_HEAD = struct.Struct("<cQ")
+
 
 def seal(table: str, *cells: Cell) -> bytes:
     """Return the BLAKE2b checksum, 16 bytes, of a row's cells in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for cell in (table, *cells):
-        kind, raw = _bytes(cell)
-        digest.update(struct.pack("<cQ", kind, len(raw)))
-        digest.update(raw)
-    return digest.digest()
+    parts: list[bytes] = []
+    for kind, raw in map(_bytes, (table, *cells)):
+        parts += (_HEAD.pack(kind, len(raw)), raw)
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
 def check(table: str, row: Sequence[Cell], *, lane: str | None = None, number: int | None = None) -> None:

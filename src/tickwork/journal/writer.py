@@ -30,18 +30,23 @@ _OWN = (
 )
 
 
-@attrs.frozen(eq=False)
-class _Post:
-    rows: tuple[Row, ...]
-    weight: int
-    durable: Inner[None]
-
-
 def _running() -> Inner[None]:
     future: Inner[None] = Inner()
     # Running from the start: else cancelling one waiter would cancel the future.
     future.set_running_or_notify_cancel()
     return future
+
+
+@attrs.frozen(eq=False)
+class _Post:
+    rows: tuple[Row, ...]
+    weight: int
+    durable: Inner[None] = attrs.Factory(_running)
+
+
+# What every small record that is written at once shares.
+_DURABLE = _running()
+_DURABLE.set_result(None)
 
 
 class Writer:
@@ -88,10 +93,10 @@ class Writer:
             JournalError: a record holds what can not be stored.
         """
         rows = tuple(map(as_row, records))
-        post = _Post(rows, sum(map(weight, rows)), _running())
-        if self._turn_at_once(post):
-            self._at_once(post)
-            return post.durable
+        size = sum(map(weight, rows))
+        if self._turn_at_once(rows, size):
+            return self._at_once(rows[0], size)
+        post = _Post(rows, size)
         with self._changed:
             if self._refusal is not None:
                 post.durable.set_exception(fresh(self._refusal))
@@ -124,9 +129,9 @@ class Writer:
             self._changed.notify()
         self._thread.join()
 
-    def _turn_at_once(self, post: _Post) -> bool:
+    def _turn_at_once(self, rows: Sequence[Row], size: int) -> bool:
         """Take the database for a small record, where nobody writes, nothing waits and the disk is quick."""
-        if not self._may or len(post.rows) != 1 or post.weight > SMALL or not is_one(post.rows[0]):
+        if not self._may or len(rows) != 1 or size > SMALL or not is_one(rows[0]):
             return False
         with self._changed:
             busy = self._writing or self._posts or self._refusal is not None
@@ -135,17 +140,23 @@ class Writer:
             self._writing = True
             return True
 
-    def _at_once(self, post: _Post) -> None:
-        begun = time.monotonic()
+    def _at_once(self, row: Row, size: int) -> Inner[None]:
+        begun, durable = time.monotonic(), _DURABLE
         try:
-            done = self._write([post])
+            with self._database.named("write"):
+                refusal = self._write_one(row)
+            self._wrote(1, size)
+            self._at("settle")
         except BaseException as error:
-            self._die(error, [post])
-            return
+            self._die(error, [dead := _Post((row,), size)])
+            return dead.durable
         if (now := time.monotonic()) - begun > SLOW:
             self._beside_until = now + BESIDE
-        _tell(done)
+        if refusal is not None:
+            durable = _running()
+            durable.set_exception(refusal)
         self._free()
+        return durable
 
     def _main(self) -> None:
         while posts := self._take():
@@ -183,22 +194,26 @@ class Writer:
 
     def _write(self, posts: list[_Post]) -> list[tuple[_Post, JournalError | None]]:
         gone: list[str] = []
-        self._pages += sum(PAGES * len(post.rows) + post.weight // PAGE for post in posts)
+        first, rows = posts[0], sum(len(post.rows) for post in posts)
         # After each statement this thread waits for the interpreter, which the device wants as well.
-        small = len(posts) == len(posts[0].rows) == 1 and is_one(posts[0].rows[0])
+        one = rows == 1 and is_one(first.rows[0])
         with self._database.named("write"):
-            done = [(posts[0], self._write_one(posts[0]))] if small else self._write_all(posts, gone)
+            done = [(first, self._write_one(first.rows[0]))] if one else self._write_all(posts, gone)
+        self._wrote(rows, sum(post.weight for post in posts))
         self._at("remove")
         with contextlib.suppress(OSError):  # it goes when the journal is next opened
             self._snapshots.remove(gone)
         self._at("settle")
         return done
 
-    def _write_one(self, post: _Post) -> JournalError | None:
+    def _wrote(self, rows: int, size: int) -> None:
+        self._pages += PAGES * rows + size // PAGE
+
+    def _write_one(self, row: Row) -> JournalError | None:
         self._at("write")
         self._at("commit")
         try:
-            write(self._database.connection, post.rows[0], self._keep)
+            write(self._database.connection, row, self._keep)
         except _OWN as error:
             return _refusal(error)
         return None

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tickwork.server import routes_catalogue as catalogue
 from tickwork.server import routes_futures as futures
@@ -37,7 +37,6 @@ Open = Callable[[Server, HttpRequest], Awaitable[Response]]
 
 CHECKPOINT = "training_runs/{run_id}/checkpoints/{kind}/{name}"
 
-# They are tried in this order: what every client asks all the time comes first.
 ROUTES: tuple[tuple[str, str, Act], ...] = (
     ("POST", "retrieve_future", futures.retrieve_future),
     ("POST", "retrieve_futures", futures.retrieve_futures),
@@ -101,10 +100,30 @@ OPEN_ROUTES: tuple[tuple[str, Open], ...] = (
 
 def make_app(server: Server) -> ASGIApp:
     """Return the application of a server."""
-    routes = [Route(f"/api/v1/{path}", _endpoint(server, path, act), methods=[method]) for method, path, act in ROUTES]
+    found = {(method, f"/api/v1/{path}"): _endpoint(server, path, act) for method, path, act in ROUTES}
+    routes = [Route(path, endpoint, methods=[method]) for (method, path), endpoint in found.items()]
     routes += [Route(f"/{path}", _open(server, path, act)) for path, act in OPEN_ROUTES]
     routes.append(Route("/metrics", _endpoint(server, "metrics", metrics, bearer=True)))
-    return drained(Starlette(routes=routes, exception_handlers={HTTPException: _not_found(server)}))
+    rest = Starlette(routes=routes, exception_handlers={HTTPException: _not_found(server)})
+    return drained(_direct({key: endpoint for key, endpoint in found.items() if "{" not in key[1]}, rest))
+
+
+def _direct(endpoints: Mapping[tuple[str, str], Endpoint], rest: ASGIApp) -> ASGIApp:
+    """Return an application that finds an endpoint by its whole path, and leaves all other requests to ``rest``.
+
+    An endpoint answers its errors itself, so that of Starlette's layers none is needed around it: they take as long as
+    the reading of a small request.
+    """
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = endpoints.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if endpoint is None:
+            await rest(scope, receive, send)
+            return
+        response = await endpoint(HttpRequest(scope, receive, send))
+        await response(scope, receive, send)
+
+    return wrapped
 
 
 def _endpoint(server: Server, route: str, act: Act, *, bearer: bool = False) -> Endpoint:

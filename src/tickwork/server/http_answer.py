@@ -70,9 +70,10 @@ def head_of(status: int, headers: Iterable[tuple[bytes, bytes]], *, keep: bool) 
     """
     lines = [b"HTTP/1.1 %d %b" % (status, _phrase(status)), *(b"%b: %b" % header for header in headers)]
     lines += [b"date: %b" % _date(int(trio.current_time())), b"connection: %b" % (b"keep-alive" if keep else b"close")]
-    if any(b"\r" in line or b"\n" in line for line in lines):
+    head = b"\r\n".join([*lines, b"", b""])
+    if not head.count(b"\r") == head.count(b"\n") == len(lines) + 1:
         raise ValueError("a header holds a line break")
-    return b"\r\n".join([*lines, b"", b""])
+    return head
 
 
 async def _write(stream: Stream, data: bytes) -> None:

@@ -70,7 +70,7 @@ class Parser:
         now, self._in_head, self._between = self._now, False, 0
         now.method, now.version = self._llhttp.get_method().decode("ascii"), self._llhttp.get_http_version()
         now.keep_alive = self._llhttp.should_keep_alive()
-        now.awaited = any(name == b"expect" and value.lower() == b"100-continue" for name, value in now.headers)
+        now.awaited = b"100-continue" in [value.lower() for name, value in now.headers if name == b"expect"]
         self.ready.append(now)
 
     def on_body(self, body: bytes) -> None:

@@ -12,7 +12,7 @@ from tickwork.engine.request import Request
 from tickwork.errors import InvalidRequestError
 from tickwork.journal.losses import MadeLoss
 from tickwork.journal.records import LossRecord
-from tickwork.requests import LossGraph, MakeLoss
+from tickwork.requests import ForwardBackward, LossGraph, MakeLoss
 from tickwork.server import bodies, wire
 from tickwork.server.answers import PROTOBUF, reply
 from tickwork.server.body import TooLargeError, json_of, off_loop, read
@@ -93,14 +93,18 @@ async def _pass(server: Server, owner: str, request: HttpRequest, *, forward_onl
 
 def _pass_request(found: wire.TrainingBody, losses: dict[str, Any]) -> Request:
     ask = found.ask()
-    loss_fn, config = ask.loss_fn, ask.config
+    loss_fn: Any = ask.loss_fn
+    config = ask.config
     if loss_fn == "custom":
         config = dict(config)
         loss_id = config.pop("loss_id", None)
         if loss_id not in losses:
             raise InvalidRequestError(f"{loss_id!r} is no loss of this session", field="loss_fn_config['loss_id']")
-        return build.forward_backward(found.model_id, ask.data, losses[str(loss_id)], config, not ask.forward_only)
-    return build.forward_backward(found.model_id, ask.data, loss_fn, config, not ask.forward_only)
+        loss_fn = losses[str(loss_id)]
+    # The datums were made from the body: nobody else can change them.
+    return build.again(
+        found.model_id, ForwardBackward(found.model_id, ask.data, loss_fn, config, not ask.forward_only, ask.data)
+    )
 
 
 async def _use_up(server: Server, owner: str, error: TooLargeError) -> None:
