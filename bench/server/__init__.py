@@ -9,16 +9,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 
 from bench import record
 from bench.server import decode, idle
-from bench.server.shape import OPTIM_STEP, PIPELINED, SAMPLING
+from bench.server.shape import BLOCKS, OPTIM_STEP, PIPELINED, SAMPLING
 from bench.table import table
 from bench.workloads import make_qwen205k
 
@@ -94,25 +95,56 @@ def _others(options: argparse.Namespace) -> list[Row]:
 
 
 def _in_turns(ways: dict[str, tuple[str, ...]], rounds: int) -> dict[str, Figures]:
-    """Measure the ways one after the other, some rounds, so that all meet the same machine; return medians."""
-    found: dict[str, list[Figures]] = {name: [] for name in ways}
+    """Measure the ways, each by new clients every round, and figure by figure in turns; return medians.
+
+    A machine drifts within a second, so that what is compared must be measured side by side.
+    """
+    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in ways}
     for turn in range(rounds):
-        for name, way in ways.items():
-            print(f"round {turn + 1} of {rounds}: {name}", file=sys.stderr)
-            found[name].append(_measured(*way))
+        with ExitStack() as clients:
+            asks = {name: clients.enter_context(_client(*way)) for name, way in ways.items()}
+            for figure in next(iter(asks.values())).figures:
+                print(f"round {turn + 1} of {rounds}: {figure}", file=sys.stderr)
+                for _ in range(BLOCKS.get(figure, 1)):
+                    for name, ask in asks.items():
+                        found[name][figure].append(ask(figure))
     return {
-        name: {figure: statistics.median(each[figure] for each in several) for figure in several[0]}
-        for name, several in found.items()
+        name: {figure: statistics.median(several) for figure, several in figures.items()}
+        for name, figures in found.items()
     }
 
 
-def _measured(*way: str) -> Figures:
+class _Client:
+    """One way of measuring, in a process of its own."""
+
+    def __init__(self, child: subprocess.Popen[str], log: IO[str], name: str) -> None:
+        self._child, self._log, self._name = child, log, name
+        self.figures: list[str] = self._read()
+
+    def __call__(self, figure: str) -> float:
+        assert self._child.stdin is not None
+        print(figure, file=self._child.stdin, flush=True)
+        return float(self._read())
+
+    def _read(self) -> Any:
+        assert self._child.stdout is not None
+        line = self._child.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise SystemExit(f"{self._name} could not be measured:\n{self._log.read()[-2000:]}")
+        return json.loads(line)
+
+
+@contextmanager
+def _client(*way: str) -> Iterator[_Client]:
     arguments, python = (way[:3], way[3]) if len(way) == 4 else (way, sys.executable)
-    done = subprocess.run([python, HERE / "client.py", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{way[0]} could not be measured:\n{done.stderr[-2000:]}")
-    figures: Figures = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    with tempfile.TemporaryFile("w+") as log:
+        command, pipe = [python, str(HERE / "client.py"), *arguments], subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True) as child:
+            try:
+                yield _Client(child, log, way[0])
+            finally:
+                child.kill()
 
 
 def _row(speed: str, workload: str, ours: float, name: str, against: float, wanted: str = "") -> Row:

@@ -1,8 +1,8 @@
-"""What a server's answers take, through the official SDK: run in a process of its own, prints JSON.
+"""What a server's answers take, through the official SDK: run in a process of its own, so that several take turns.
 
 ``python client.py BASE_URL API_KEY MODEL`` needs ``tinker`` alone, of any generation that the server understands;
 ``python client.py in-process MODEL [STORE]`` measures the same calls of ``import tickwork as tinker``, with a journal
-where there is a store.
+where there is a store. It prints the names of what it measures as JSON, then one number for each of them that it reads.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from shape import (  # type: ignore[import-not-found]
@@ -30,7 +31,8 @@ from shape import (  # type: ignore[import-not-found]
     VOCAB,
 )
 
-STEPS, WARM = 24, 4
+# Steps of one block; steps before the first one, and before each that is measured; steps of each tenant.
+BLOCK, FIRST, WARM, STEPS = 12, 10, 2, 24
 CALLS = 150
 SAMPLES = 1000
 TENANTS = (1, 2, 4)
@@ -94,6 +96,17 @@ class Bench:
         """One optimizer step."""
         self.client.optim_step(self._adam).result(WAIT)
 
+    def figures(self) -> dict[str, Callable[[], float]]:
+        """Return what is measured, by name."""
+        return {
+            PIPELINED: partial(median_ms, self.pipelined, BLOCK),
+            SEQUENTIAL: partial(median_ms, self.sequential, BLOCK),
+            ROUND_TRIP: partial(median_ms, self.round_trip, CALLS),
+            OPTIM_STEP: partial(median_ms, self.optim_step, CALLS),
+            SAMPLING: self.samples,
+            **{f"{count} clients, steps/s": partial(self.tenants, count) for count in TENANTS},
+        }
+
     def tenants(self, count: int) -> float:
         """Return steps a second of all clients of ``count`` together."""
         clients = [self.trainer() for _ in range(count)]
@@ -132,7 +145,7 @@ class Bench:
 
 
 def main(where: str, *rest: str) -> None:
-    """Measure everything and print it."""
+    """Say what can be measured, and measure what is asked for."""
     os.environ.setdefault("TINKER_TELEMETRY", "0")
     warnings.simplefilter("ignore")
     if where == "in-process":
@@ -144,15 +157,12 @@ def main(where: str, *rest: str) -> None:
         tinker = importlib.import_module("tinker")
         key, model = rest
         bench = Bench(tinker.types, tinker.ServiceClient(base_url=where, api_key=key), model)
-    found: dict[str, float] = {
-        PIPELINED: median_ms(bench.pipelined, STEPS),
-        SEQUENTIAL: median_ms(bench.sequential, STEPS),
-        ROUND_TRIP: median_ms(bench.round_trip, CALLS),
-        OPTIM_STEP: median_ms(bench.optim_step, CALLS),
-        SAMPLING: bench.samples(),
-    }
-    found |= {f"{count} clients, steps/s": bench.tenants(count) for count in TENANTS}
-    print(json.dumps(found), flush=True)
+    for _ in range(FIRST):
+        bench.pipelined()
+    figures = bench.figures()
+    print(json.dumps(list(figures)), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(figures[line.strip()]()), flush=True)
     os._exit(0)  # closing the session is not measured, and some servers have no route for it
 
 

@@ -7,3 +7,6 @@ VOCAB = 1024
 # What is measured, by the names in tables and files.
 PIPELINED, SEQUENTIAL = "pipelined step, ms", "sequential step, ms"
 ROUND_TRIP, OPTIM_STEP, SAMPLING = "tiny round trip, ms", "optim_step, ms", "1,000 samples, s"
+
+# How often each is measured in one round, in turns with the others; once unless it says so.
+BLOCKS = {PIPELINED: 6, SEQUENTIAL: 3}
