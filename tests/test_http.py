@@ -175,8 +175,19 @@ async def test_a_slow_client_is_let_go(server, monkeypatch):
     monkeypatch.setattr(http, "READ_SECONDS", 0.05)
     assert await sent(server[0], b"POST /echo/ HTTP/1.1\r\nHost: x\r\nContent-Le") == b""
     assert b"200" not in await sent(server[0], post("/echo/", b"hello")[:-1])
-    monkeypatch.setattr(http, "IDLE_SECONDS", 0.05)
-    assert await sent(server[0]) == b""
+
+
+async def test_an_idle_client_is_let_go_in_time(server, autojump_clock):
+    """One that asked before, and one that never did; nobody else."""
+    client, silent = [await trio.open_tcp_stream("127.0.0.1", server[0]) for _ in range(2)]
+    await client.send_all(post("/echo/", b"hello"))
+    assert b'"size":5' in await client.receive_some()
+    began = trio.current_time()
+    for each in (client, silent):
+        assert await each.receive_some() == b""
+        assert http.IDLE_SECONDS <= trio.current_time() - began + 1 <= 1.2 * http.IDLE_SECONDS
+        await each.aclose()
+    assert b'"size":5' in await sent(server[0], post("/echo/", b"hello", "Connection: close"))
 
 
 async def test_a_client_that_does_not_read_is_let_go(server, monkeypatch):

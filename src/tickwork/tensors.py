@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 TensorDtype = Literal["float32", "int64"]
+_CODES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
 
 # Cells of what is laid out dense: a sparse tensor of few bytes may claim any shape.
 MOST_CELLS = 2**26
@@ -70,6 +71,23 @@ class TensorData:
         col = None if sparse_col_indices is None else tuple(int(i) for i in sparse_col_indices)
         _check_layout(values, dims, crow, col)
         self.__attrs_init__(values, dtype, dims, crow, col)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, dtype: TensorDtype, shape: Sequence[int] | None = None) -> TensorData:
+        """Take dense values as little-endian bytes, which can not change: nothing is copied.
+
+        Raises:
+            InvalidRequestError: as for the values themselves, or no whole number of them.
+        """
+        code = _CODES[dtype]
+        if len(data) % code.itemsize:
+            raise InvalidRequestError(f"{len(data)} bytes are no whole number of {dtype}", field="data")
+        values = np.frombuffer(data, code)
+        dims = (values.size,) if shape is None else tuple(shape)
+        _check_layout(values, dims, None, None)
+        made: TensorData = cls.__new__(cls)
+        made.__attrs_init__(values, dtype, dims, None, None)
+        return made
 
     @property
     def data(self) -> list[float] | list[int]:
@@ -133,7 +151,7 @@ class TensorData:
 
 def _cast(given: np.ndarray, dtype: TensorDtype) -> np.ndarray:
     """Copy as a flat array of ``dtype``; what it can not hold is refused, not wrapped around or made infinite."""
-    if given.dtype == dtype:
+    if given.dtype == _CODES[dtype]:
         return np.array(given).reshape(-1)
     good = given.size == 0 or given.dtype.kind in "fiu"
     if good and dtype == "int64" and given.dtype.kind != "i":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
@@ -35,7 +36,6 @@ class Connection:
     def __init__(self, app: ASGIApp, stream: Stream) -> None:
         self._app, self._stream = app, stream
         self._parser = Parser()
-        self._idle = trio.CancelScope()
         self._ending = False
         self.idle_since: float | None = None  # while nothing is asked
         self._addresses = [_address(getattr(stream.socket, f"get{end}name")) for end in ("peer", "sock")]
@@ -60,8 +60,10 @@ class Connection:
 
     def end(self) -> None:
         """Close once the request under way, if any, is answered."""
-        self._ending, self.idle_since = True, None
-        self._idle.cancel("the connection is to end")
+        self._ending = True
+        if self.idle_since is not None:
+            self.idle_since = None
+            self._stream.interrupt()
 
     async def turn_away(self) -> None:
         """Answer that there is no room, whatever is asked, and close."""
@@ -77,8 +79,8 @@ class Connection:
         """Return the next request once its head is there; None at the end."""
         ready = self._parser.ready
         if not ready and not self._ending:
-            self.idle_since = now = trio.current_time()
-            with trio.CancelScope(deadline=now + IDLE_SECONDS) as self._idle:
+            self.idle_since = trio.current_time()
+            with suppress(trio.ClosedResourceError):  # interrupted
                 await self._read()
         self.idle_since = None
         if not ready and not await self._read_head():
@@ -212,12 +214,23 @@ async def serve_http(
         async with trio.open_nursery() as door:
             serve = trio.serve_listeners
             await door.start(lambda task_status: serve(connected, [listener], handler_nursery=connections, task_status=task_status))  # fmt: skip  # noqa: E501
+            door.start_soon(_end_idle, living)
             task_status.started()
             await done.wait()
             door.cancel_scope.cancel("the server ends")
         for connection in list(living):
             connection.end()
         connections.cancel_scope.deadline = trio.current_time() + seconds
+
+
+async def _end_idle(living: set[Connection]) -> None:
+    """Close connections that have been idle for long: a clock for all costs less than a deadline for each request."""
+    while True:
+        await trio.sleep(IDLE_SECONDS / 10)
+        now = trio.current_time()
+        for connection in list(living):
+            if connection.idle_since is not None and now - connection.idle_since >= IDLE_SECONDS:
+                connection.end()
 
 
 def _made_room(living: set[Connection]) -> bool:

@@ -36,6 +36,7 @@ class Stream:
         """Return what has come, up to ``most`` bytes, or nothing at the end. Cancel: nothing is lost.
 
         Raises:
+            trio.ClosedResourceError: the wait was interrupted; nothing is lost.
             trio.BrokenResourceError: the connection is gone.
         """
         while True:
@@ -46,6 +47,10 @@ class Stream:
                 continue
             except OSError as error:
                 raise trio.BrokenResourceError(str(error)) from error
+
+    def interrupt(self) -> None:
+        """Let whoever waits for bytes go on, with ``trio.ClosedResourceError``; the connection stays as it is."""
+        trio.lowlevel.notify_closing(self.socket)
 
     async def send_all(self, data: bytes | memoryview, seconds: float) -> None:
         """Write everything. Cancel, where the client does not take it at once: a part is written.

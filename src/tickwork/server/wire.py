@@ -179,7 +179,7 @@ def _tensor(tensor: Any, name: str) -> TensorData:
     shape = list(tensor.shape)
     try:
         if tensor.WhichOneof("alternative") != "sparse_csr":
-            return TensorData(_array(tensor.dense, kind, field), dtype, shape or None)
+            return TensorData.from_bytes(tensor.dense, dtype, shape or None)
         parts = tensor.sparse_csr
         rows, columns = (_array(part, "<i8", field).tolist() for part in (parts.crow_indices, parts.col_indices))
         return TensorData(_array(parts.values, kind, field), dtype, shape, rows, columns)
