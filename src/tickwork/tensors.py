@@ -95,6 +95,11 @@ class TensorData:
         values: list[float] | list[int] = self._values.tolist()
         return values
 
+    @property
+    def flat(self) -> np.ndarray:
+        """The listed values, flat and read-only."""
+        return self._values
+
     def to_numpy(self) -> np.ndarray:
         """Return the dense array, of ``shape`` and ``dtype``; read-only unless it was sparse.
 

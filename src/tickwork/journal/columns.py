@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from itertools import chain
 
@@ -11,8 +12,6 @@ import numpy as np
 from tickwork.errors import JournalError
 from tickwork.tensors import TensorData
 from tickwork.types import Datum, EncodedTextChunk, ModelInput
-
-SMALLEST, GREATEST = -(2**31), 2**31 - 1
 
 
 @attrs.frozen(eq=False)
@@ -51,9 +50,13 @@ def columns_of(data: Sequence[Datum]) -> Columns | None:
     if len(chunks) != len(data) or inputs is None:
         return None
     tokens = list(chain.from_iterable(chunk.tokens for chunk in chunks))
-    if set(map(type, tokens)) != {int} or not SMALLEST <= min(tokens) <= max(tokens) <= GREATEST:
+    if set(map(type, tokens)) != {int}:
         return None
-    return Columns(np.array(tokens, "<i4"), np.array([chunk.length for chunk in chunks], "<i8"), inputs)
+    try:
+        narrow = array("i", tokens)
+    except OverflowError:
+        return None
+    return Columns(np.array(narrow, "<i4"), np.array([chunk.length for chunk in chunks], "<i8"), inputs)
 
 
 def datums_of(columns: Columns) -> tuple[Datum, ...]:
@@ -94,7 +97,7 @@ def _column(tensors: Sequence[TensorData]) -> Column | None:
     kinds = {(type(t), t.dtype, len(t.shape), t.sparse_crow_indices is None) for t in tensors}
     if kinds != {(TensorData, first.dtype, len(first.shape), True)} or not first.shape:
         return None
-    values = np.concatenate([tensor.to_numpy().reshape(-1) for tensor in tensors])
+    values = np.concatenate([tensor.flat for tensor in tensors])
     return Column(first.dtype, values, np.array([tensor.shape for tensor in tensors], "<i8"))
 
 
