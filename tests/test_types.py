@@ -36,6 +36,27 @@ def test_sparse_and_dense_say_the_same(array: np.ndarray) -> None:
     assert (made.sparse_crow_indices is not None) == smaller
 
 
+@given(FLOATS)
+def test_bytes_are_taken_as_they_are(array: np.ndarray) -> None:
+    """Whatever was made of them can not be changed."""
+    made = TensorData.from_bytes(array.tobytes(), "float32", array.shape)
+
+    np.testing.assert_array_equal(made.to_numpy(), array)
+    np.testing.assert_array_equal(made.flat, array.reshape(-1))
+    assert TensorData.from_bytes(array.tobytes(), "float32").shape == (array.size,)
+    with pytest.raises(ValueError, match="read-only"):
+        made.flat[0] = 1
+
+
+@pytest.mark.parametrize(
+    ("data", "shape", "message"),
+    [(bytes(9), None, "9 bytes are no whole number of int64"), (bytes(16), [3], "does not hold 2 values")],
+)
+def test_bytes_that_are_no_tensor_are_refused(data: bytes, shape: list[int] | None, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        TensorData.from_bytes(data, "int64", shape)
+
+
 def test_what_was_handed_over_is_a_copy() -> None:
     """Changing the caller's array later changes nothing."""
     array = np.ones(3, np.float32)
